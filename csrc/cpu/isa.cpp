@@ -1,0 +1,79 @@
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernel_table.h"
+
+namespace fastres::cpu {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+
+Isa upper_bound_from_environment() {
+  const char* value = std::getenv("FASTRES_CPU_CAPABILITY");
+  if (value == nullptr || *value == '\0') return Isa::avx512;
+  for (const Isa isa : kAllIsas) {
+    if (std::string(value) == isa_name(isa)) return isa;
+  }
+  throw std::runtime_error(
+      std::string("FASTRES_CPU_CAPABILITY must be baseline, avx2 or avx512, got '") + value + "'");
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+Isa hardware_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa current_isa() {
+  static const Isa isa = std::min(hardware_isa(), upper_bound_from_environment());
+  return isa;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : kAllIsas) {
+    if (isa <= hardware_isa()) names.emplace_back(isa_name(isa));
+  }
+  return names;
+}
+
+const KernelTable& kernels() {
+  static const KernelTable& table = []() -> const KernelTable& {
+    switch (current_isa()) {
+#if defined(__x86_64__)
+      case Isa::avx512:
+        return avx512::table;
+      case Isa::avx2:
+        return avx2::table;
+#endif
+      default:
+        return baseline::table;
+    }
+  }();
+  return table;
+}
+
+}  // namespace fastres::cpu

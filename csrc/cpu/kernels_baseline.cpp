@@ -1,0 +1,2 @@
+#define FASTRES_ISA baseline
+#include "kernel_table.inl"
