@@ -1,0 +1,218 @@
+"""The ResNet family: torchvision's models, with a choice of stem and shortcut.
+
+Parameter names, initialisation order and state_dict are torchvision's, both ways.
+He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+from torchvision.models._api import WeightsEnum
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+STEMS = ("imagenet", "cifar")
+SHORTCUTS = ("projection", "zero_pad")
+
+
+class ZeroPadShortcut(nn.Module):
+    """Shortcut without parameters: take every ``stride``-th pixel, pad new channels with zeros.
+
+    Option A of https://arxiv.org/abs/1512.03385, section 4.1.
+    ``(N, in_channels, H, W)`` -> ``(N, out_channels, ceil(H / stride), ceil(W / stride))``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.new_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, [0, 0, 0, 0, 0, self.new_channels])
+
+    def extra_repr(self) -> str:
+        return f"new_channels={self.new_channels}, stride={self.stride}"
+
+
+class ResNet(torchvision_resnet.ResNet):
+    """torchvision's ResNet with fastres' stems and shortcuts.
+
+    Args:
+        block: ``BasicBlock`` or ``Bottleneck``.
+        layers: number of blocks in each of the four stages.
+        num_classes: outputs of the last layer.
+        zero_init_residual: start the last BatchNorm of each block at zero.
+        groups, width_per_group: of a Bottleneck's 3x3 convolution (ResNeXt, wide ResNet).
+        replace_stride_with_dilation: for stages 2 to 4, dilate instead of striding.
+        norm_layer: what stands in the place of ``nn.BatchNorm2d``.
+        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3 stride 1, no pool).
+        shortcut: where the shape changes: ``"projection"`` (1x1 convolution and BatchNorm)
+            or ``"zero_pad"`` (no parameters).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        stem: str = "imagenet",
+        shortcut: str = "projection",
+    ) -> None:
+        _check_choice("stem", stem, STEMS)
+        _check_choice("shortcut", shortcut, SHORTCUTS)
+        _check_positive("num_classes", num_classes)
+        _check_positive("groups", groups)
+        _check_positive("width_per_group", width_per_group)
+        if issubclass(block, BasicBlock):
+            for name, value, only in (
+                ("groups", groups, 1),
+                ("width_per_group", width_per_group, 64),
+            ):
+                if value != only:
+                    raise ValueError(f"resnet: {name} is {value}; expected {only} with BasicBlock")
+        super().__init__(
+            block,
+            layers,
+            num_classes=num_classes,
+            zero_init_residual=zero_init_residual,
+            groups=groups,
+            width_per_group=width_per_group,
+            replace_stride_with_dilation=replace_stride_with_dilation,
+            norm_layer=norm_layer,
+        )
+        # Replaced afterwards, so that all other parameters are torchvision's for the same seed.
+        if stem == "cifar":
+            self.conv1 = torchvision_resnet.conv3x3(3, 64)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+        if shortcut == "zero_pad":
+            for b in self.blocks():
+                if b.downsample is not None:
+                    projection = b.downsample[0]
+                    b.downsample = ZeroPadShortcut(
+                        projection.in_channels, projection.out_channels, projection.stride[0]
+                    )
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The residual blocks, from the first stage to the last."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            yield from stage
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = " or ".join(repr(c) for c in choices)
+        raise ValueError(f"resnet: {name} is {value!r}; expected {expected}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"resnet: {name} is {value!r}; expected a positive integer")
+
+
+def _resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: list[int],
+    weights: WeightsEnum | None,
+    progress: bool,
+    **kwargs: Any,
+) -> ResNet:
+    if weights is None:
+        return ResNet(block, layers, **kwargs)
+    categories = len(weights.meta["categories"])
+    # The published weights fit one architecture only: say so by name, not by a size mismatch.
+    for name, fits in (("num_classes", categories), ("stem", STEMS[0]), ("shortcut", SHORTCUTS[0])):
+        if kwargs.setdefault(name, fits) != fits:
+            raise ValueError(
+                f"resnet: {name} is {kwargs[name]!r}; expected {fits!r} with weights={weights}"
+            )
+    model = ResNet(block, layers, **kwargs)
+    model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+_DOC = """ResNet-{depth}, https://arxiv.org/abs/1512.03385; torchvision's, parameter by parameter.
+
+    Args:
+        weights: a ``torchvision.models.ResNet{depth}_Weights`` or its name, such as
+            ``"IMAGENET1K_V1"``; torchvision downloads them. None: random initialisation.
+        progress: show a progress bar for the download.
+        **kwargs: keyword arguments of :class:`ResNet`: ``stem``, ``shortcut``, ``num_classes`` ...
+
+    Returns:
+        A model from images ``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+    """
+
+
+def resnet18(
+    *,
+    weights: torchvision_resnet.ResNet18_Weights | str | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    weights = torchvision_resnet.ResNet18_Weights.verify(weights)
+    return _resnet(BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
+
+
+def resnet34(
+    *,
+    weights: torchvision_resnet.ResNet34_Weights | str | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    weights = torchvision_resnet.ResNet34_Weights.verify(weights)
+    return _resnet(BasicBlock, [3, 4, 6, 3], weights, progress, **kwargs)
+
+
+def resnet50(
+    *,
+    weights: torchvision_resnet.ResNet50_Weights | str | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    weights = torchvision_resnet.ResNet50_Weights.verify(weights)
+    return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
+
+
+def resnet101(
+    *,
+    weights: torchvision_resnet.ResNet101_Weights | str | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    weights = torchvision_resnet.ResNet101_Weights.verify(weights)
+    return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
+
+
+def resnet152(
+    *,
+    weights: torchvision_resnet.ResNet152_Weights | str | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    weights = torchvision_resnet.ResNet152_Weights.verify(weights)
+    return _resnet(Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)
+
+
+for _depth, _build in {
+    18: resnet18,
+    34: resnet34,
+    50: resnet50,
+    101: resnet101,
+    152: resnet152,
+}.items():
+    _build.__doc__ = _DOC.format(depth=_depth)
