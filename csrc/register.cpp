@@ -1,0 +1,43 @@
+// Every op of fastres: its schema, and which C++ function computes it on a CPU.
+//
+// Python (fastres/ops) adds to each op its shape function, its gradient, the Triton kernels for
+// CUDA, and the plain-torch reference for every other device. What each op means is said there.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastres, m) {
+  m.def("add_relu(Tensor input, Tensor residual) -> Tensor");
+  m.def("add_relu_backward(Tensor dy, Tensor y) -> Tensor");
+
+  m.def(
+      "bn_add_relu(Tensor z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, "
+      "Tensor? residual_bias, float residual_eps, bool relu) -> Tensor");
+  m.def(
+      "bn_add_relu_backward(Tensor dy, Tensor y, Tensor z, Tensor mean, Tensor var, "
+      "Tensor? weight, float eps, Tensor? residual, Tensor? residual_mean, Tensor? residual_var, "
+      "Tensor? residual_weight, float residual_eps, bool relu) -> "
+      "(Tensor dz, Tensor dmean, Tensor dvar, Tensor dweight, Tensor dbias, Tensor dresidual, "
+      "Tensor dresidual_mean, Tensor dresidual_var, Tensor dresidual_weight, "
+      "Tensor dresidual_bias)");
+
+  m.def(
+      "pack_conv_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) "
+      "-> Tensor");
+  m.def(
+      "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool relu, Tensor? packed) "
+      "-> Tensor");
+
+  m.def(
+      "conv_stats(Tensor input, Tensor weight, Tensor? in_mean, Tensor? in_var, "
+      "Tensor? in_weight, Tensor? in_bias, float in_eps, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> (Tensor z, Tensor mean, Tensor var)");
+  m.def(
+      "conv_stats_backward(Tensor dz, Tensor dmean, Tensor dvar, Tensor input, Tensor weight, "
+      "Tensor z, Tensor mean, Tensor? in_mean, Tensor? in_var, Tensor? in_weight, "
+      "Tensor? in_bias, float in_eps, int[] stride, int[] padding, int[] dilation, int groups, "
+      "bool needs_input, bool needs_weight) -> "
+      "(Tensor dinput, Tensor dweight, Tensor din_mean, Tensor din_var, Tensor din_weight, "
+      "Tensor din_bias)");
+}
