@@ -1,0 +1,531 @@
+"""Convolution fused with BatchNorm: implicit GEMM on channels_last tensors.
+
+Rows are output pixels (N*OH*OW), columns output channels, the depth kh*kw*Ci. In inference the
+epilogue applies BatchNorm, residual and ReLU; in training the prologue applies the previous layer's
+BatchNorm and ReLU as the input is loaded, and the epilogue yields each channel's statistics.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    channels_last,
+    empty_channels_last,
+    is_wide,
+    parameter_dtype,
+    require,
+    require_like,
+    rows_of,
+    vectors,
+)
+from .bn_add_relu import bn_add_relu, channel_scale
+from .channel_stats import channel_stats, merge_stats
+
+GROUP_ROWS = 8
+
+
+class ConvTile(NamedTuple):
+    """A tile configuration; block_depth is in bytes of Ci, so that 16- and 32-bit share it."""
+
+    block_rows: int
+    block_columns: int
+    block_depth_bytes: int
+    num_warps: int
+    num_stages: int
+
+    def block_depth(self, dtype: torch.dtype) -> int:
+        return self.block_depth_bytes // dtype.itemsize
+
+
+CONV_TILES = {
+    "wide": ConvTile(128, 256, 128, 8, 3),
+    "square": ConvTile(128, 128, 128, 8, 3),
+    "tall": ConvTile(128, 64, 128, 4, 4),
+    "small": ConvTile(64, 64, 128, 4, 4),
+}
+
+
+@triton.jit
+def split_columns(acc):
+    halves = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+    return low, high
+
+
+@triton.jit
+def conv_epilogue(
+    acc,
+    row_block,
+    first_column,
+    output,
+    running_mean,
+    running_var,
+    bias,
+    bn_weight,
+    bn_bias,
+    residual,
+    part_mean,
+    part_m2,
+    rows,
+    out_channels,
+    EPS: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    BLOCK_ROWS: tl.constexpr = acc.shape[0]
+    SLICE: tl.constexpr = acc.shape[1]
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = first_column + tl.arange(0, SLICE)
+    row_mask = row < rows
+    column_mask = column < out_channels
+    mask = row_mask[:, None] & column_mask[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+    offset = row[:, None] * out_channels + column[None, :]
+    if running_mean is not None:
+        scale = channel_scale(running_var, bn_weight, column, column_mask, EPS, tl.float32)
+        shift = -tl.load(running_mean + column, mask=column_mask, other=0.0).to(tl.float32)
+        if bias is not None:
+            shift += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)
+        acc = (acc + shift[None, :]) * scale[None, :]
+        if bn_bias is not None:
+            acc += tl.load(bn_bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            acc += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)
+    tl.store(output + offset, acc.to(output.dtype.element_ty), mask=mask)
+    if part_mean is not None:
+        # Rows past the end are zero in acc: they add nothing to the sum.
+        count = tl.minimum(rows - row_block * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
+        mean = tl.sum(acc, axis=0) / count
+        deviation = tl.where(row_mask[:, None], acc - mean[None, :], 0.0)
+        m2 = tl.sum(deviation * deviation, axis=0)
+        part = row_block * out_channels + column
+        tl.store(part_mean + part, mean, mask=column_mask)
+        tl.store(part_m2 + part, m2, mask=column_mask)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "height", "width", "out_height", "out_width"],
+)
+def conv_fwd_kernel(
+    input,  # (N, H, W, Ci)
+    weight,  # (Co, KH, KW, Ci) dtype of input
+    output,  # (N, OH, OW, Co) dtype of input
+    in_mean,  # (Ci,) of the prologue, or None for no prologue
+    in_var,  # (Ci,) or None
+    in_weight,  # (Ci,) or None for 1
+    in_bias,  # (Ci,) or None for 0
+    running_mean,  # (Co,) of the inference epilogue, or None in training
+    running_var,  # (Co,) or None
+    bias,  # (Co,) of the convolution, or None for 0
+    bn_weight,  # (Co,) or None for 1
+    bn_bias,  # (Co,) or None for 0
+    residual,  # (N, OH, OW, Co) dtype of input, or None
+    part_mean,  # (ceil(rows / BLOCK_ROWS), Co) float32 of the training epilogue, or None
+    part_m2,  # (ceil(rows / BLOCK_ROWS), Co) float32, or None
+    rows,  # N * OH * OW
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    IN_EPS: tl.constexpr,
+    EPS: tl.constexpr,
+    RELU: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,  # Ci is a multiple of BLOCK_DEPTH
+    WIDE: tl.constexpr,  # offsets need 64 bits
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    # Programs that run together share rows and columns in L2.
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    column_blocks = tl.cdiv(out_channels, BLOCK_COLUMNS)
+    group_programs = GROUP_ROWS * column_blocks
+    group = tl.program_id(0) // group_programs
+    group_rows = tl.minimum(row_blocks - group * GROUP_ROWS, GROUP_ROWS)
+    inside = tl.program_id(0) % group_programs
+    row_block = group * GROUP_ROWS + inside % group_rows
+    column_block = inside // group_rows
+
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = row < rows
+    column_mask = column < out_channels
+    top = (row // out_width) % out_height * STRIDE_H - PADDING_H
+    left = row % out_width * STRIDE_W - PADDING_W
+    image = row // (out_width * out_height)
+    if WIDE:
+        image = image.to(tl.int64)
+    pixel = ((image * height + top) * width + left) * in_channels
+    depth = KERNEL_H * KERNEL_W * in_channels
+
+    # Taps run fastest: the same lines of the input serve KERNEL_H * KERNEL_W steps.
+    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for step in range(0, taps * tl.cdiv(in_channels, BLOCK_DEPTH)):
+        tap = step % taps
+        tap_h = tap // KERNEL_W
+        tap_w = tap % KERNEL_W
+        c = step // taps * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+        a_mask = row_mask
+        if PADDING_H > 0:
+            a_mask = a_mask & (top + tap_h >= 0) & (top + tap_h < height)
+        if PADDING_W > 0:
+            a_mask = a_mask & (left + tap_w >= 0) & (left + tap_w < width)
+        a_mask = a_mask[:, None]
+        b_mask = column_mask[None, :]
+        if not EVEN_DEPTH:
+            a_mask = a_mask & (c < in_channels)[None, :]
+            b_mask = b_mask & (c < in_channels)[:, None]
+        a_offset = pixel[:, None] + ((tap_h * width + tap_w) * in_channels + c)[None, :]
+        a = tl.load(input + a_offset, mask=a_mask, other=0.0)
+        if in_mean is not None:
+            c_mask = c < in_channels
+            scale = channel_scale(in_var, in_weight, c, c_mask, IN_EPS, tl.float32)
+            shift = tl.load(in_mean + c, mask=c_mask, other=0.0).to(tl.float32)
+            value = (a.to(tl.float32) - shift[None, :]) * scale[None, :]
+            if in_bias is not None:
+                value += tl.load(in_bias + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+            # A padded zero is a zero of the activation, not of its input.
+            a = tl.where(a_mask, tl.where(value < 0, 0.0, value), 0.0).to(input.dtype.element_ty)
+        b_offset = column[None, :] * depth + (tap * in_channels + c)[:, None]
+        b = tl.load(weight + b_offset, mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+
+    # In slices: a whole tile of accumulators, residuals and addresses does not fit the registers.
+    slices = (acc,)
+    if BLOCK_COLUMNS >= 128:
+        slices = split_columns(slices[0])
+    if BLOCK_COLUMNS >= 256:
+        slices = split_columns(slices[0]) + split_columns(slices[1])
+    for i in tl.static_range(len(slices)):
+        conv_epilogue(
+            slices[i],
+            row_block,
+            column_block * BLOCK_COLUMNS + i * (BLOCK_COLUMNS // len(slices)),
+            output,
+            running_mean,
+            running_var,
+            bias,
+            bn_weight,
+            bn_bias,
+            residual,
+            part_mean,
+            part_m2,
+            rows,
+            out_channels,
+            EPS,
+            RELU,
+            WIDE,
+        )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # The interpreter runs whatever the newest device would.
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _fits_triton(input: Tensor, weight: Tensor, dilation: list[int], groups: int) -> bool:
+    if input.dtype == torch.float32:
+        tensor_cores = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    else:
+        tensor_cores = input.dtype in (torch.float16, torch.bfloat16)
+    return (
+        tensor_cores
+        and groups == 1
+        and all(d == 1 for d in dilation)
+        # 16 channels keep every row of a tile 16-byte aligned: asynchronous copies, no spills.
+        and all(c > 0 and c % 16 == 0 for c in weight.shape[:2])
+        and input.numel() > 0
+        and _capability(input.device) >= (8, 0)
+    )
+
+
+def choose_conv(
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+) -> str:
+    """Who convolves: "triton" (fused) or "cudnn" (aten's convolution, then fused elementwise).
+
+    FASTRES_GPU_CONV=triton or cudnn overrides the choice where Triton's kernel fits: 16-bit, or
+    float32 where torch allows TF32 in convolutions; no groups, no dilation, channels in sixteens.
+    """
+    asked = os.environ.get("FASTRES_GPU_CONV", "auto")
+    if asked not in ("auto", "triton", "cudnn"):
+        raise ValueError(f"FASTRES_GPU_CONV is {asked!r}, expected 'triton', 'cudnn' or 'auto'")
+    if not _fits_triton(input, weight, dilation, groups):
+        return "cudnn"
+    return "triton" if asked == "auto" else asked
+
+
+def choose_tile(rows: int, columns: int, input: Tensor, prologue: bool) -> str:
+    """The name of the largest tile that gives every multiprocessor a program and does not spill."""
+    enough = _multiprocessors(input.device)
+
+    def programs(name: str) -> int:
+        tile = CONV_TILES[name]
+        return triton.cdiv(rows, tile.block_rows) * triton.cdiv(columns, tile.block_columns)
+
+    # sm_80's accumulators, 32-bit operands and the prologue leave no registers for the wide tile.
+    wide = input.dtype.itemsize == 2 and not prologue and _capability(input.device) >= (9, 0)
+    if wide and columns % 256 == 0 and programs("wide") >= 2 * enough:
+        return "wide"
+    if columns > 64 and programs("square") >= enough:
+        return "square"
+    if programs("tall") >= enough:
+        return "tall"
+    return "small"
+
+
+def _output_shape(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[int, int, int, int]:
+    require(input.dim() == 4, op, f"input has {input.dim()} dimensions, expected 4")
+    require(weight.dim() == 4, op, f"weight has {weight.dim()} dimensions, expected 4")
+    same = input.dtype == weight.dtype and input.device == weight.device
+    require(
+        same,
+        op,
+        f"weight is {weight.dtype} on {weight.device}, expected {input.dtype} on {input.device}",
+    )
+    require(
+        input.shape[1] == weight.shape[1] * groups,
+        op,
+        f"input has {input.shape[1]} channels, expected {weight.shape[1] * groups}",
+    )
+    size = [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    require(min(size) > 0, op, f"output would be {size[0]} x {size[1]}, expected at least 1 x 1")
+    return input.shape[0], weight.shape[0], size[0], size[1]
+
+
+def _launch_conv(
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    prologue: list[Tensor | None],
+    in_eps: float,
+    epilogue: list[Tensor | None],
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    tile: ConvTile,
+    part_mean: Tensor | None,
+    part_m2: Tensor | None,
+) -> None:
+    rows, out_channels = rows_of(output), output.shape[1]
+    in_channels = input.shape[1]
+    block_depth = tile.block_depth(input.dtype)
+    programs = triton.cdiv(rows, tile.block_rows) * triton.cdiv(out_channels, tile.block_columns)
+    conv_fwd_kernel[(programs,)](
+        input,
+        weight,
+        output,
+        *prologue,
+        *epilogue,
+        residual,
+        part_mean,
+        part_m2,
+        rows,
+        input.shape[2],
+        input.shape[3],
+        in_channels,
+        output.shape[2],
+        output.shape[3],
+        out_channels,
+        KERNEL_H=weight.shape[2],
+        KERNEL_W=weight.shape[3],
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        PADDING_H=padding[0],
+        PADDING_W=padding[1],
+        IN_EPS=in_eps,
+        EPS=eps,
+        RELU=relu,
+        EVEN_DEPTH=in_channels % block_depth == 0,
+        WIDE=is_wide(input) or is_wide(output),
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_COLUMNS=tile.block_columns,
+        BLOCK_DEPTH=block_depth,
+        GROUP_ROWS=GROUP_ROWS,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+        num_stages=tile.num_stages,
+    )
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    packed: Tensor | None,
+) -> Tensor:
+    """relu?(bn(conv(input, weight) + bias) [+ residual]) with BatchNorm's running statistics.
+
+    input is ``(N, Ci, H, W)``, weight ``(Co, Ci / groups, kh, kw)``, residual like the result, the
+    vectors ``(Co,)``; packed is the CPU's and is ignored. Returns ``(N, Co, OH, OW)``,
+    channels_last. Raises RuntimeError where shapes, dtypes or devices do not fit.
+    """
+    op = "conv_bn_relu"
+    shape = _output_shape(op, input, weight, stride, padding, dilation, groups)
+    epilogue = vectors(
+        op,
+        input,
+        shape[1],
+        running_mean=running_mean,
+        running_var=running_var,
+        bias=bias,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+    )
+    if choose_conv(input, weight, stride, padding, dilation, groups, False) == "cudnn":
+        z = torch.ops.aten.convolution(
+            channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
+        )
+        mean = running_mean if bias is None else running_mean - bias
+        affine = (mean, running_var, bn_weight, bn_bias, eps)
+        return bn_add_relu(z, *affine, residual, None, None, None, None, 0.0, relu)
+    input, weight = channels_last(input), channels_last(weight)
+    output = empty_channels_last(input, shape)
+    require_like(op, "residual", residual, "the output", output)
+    tile = CONV_TILES[choose_tile(rows_of(output), shape[1], input, prologue=False)]
+    with torch.cuda.device_of(input):
+        _launch_conv(
+            input,
+            weight,
+            output,
+            [None] * 4,
+            0.0,
+            epilogue,
+            eps,
+            channels_last(residual),
+            relu,
+            stride,
+            padding,
+            tile,
+            None,
+            None,
+        )
+    return output
+
+
+def conv_stats(
+    input: Tensor,
+    weight: Tensor,
+    in_mean: Tensor | None,
+    in_var: Tensor | None,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(relu(bn(input)), weight), and z's mean and biased variance over N, H, W.
+
+    Without in_mean the input is convolved as it is. input is ``(N, Ci, H, W)``, weight
+    ``(Co, Ci / groups, kh, kw)``, the vectors ``(Ci,)``. Returns z ``(N, Co, OH, OW)``
+    channels_last, mean and variance ``(Co,)``. Raises RuntimeError where shapes do not fit.
+    """
+    op = "conv_stats"
+    shape = _output_shape(op, input, weight, stride, padding, dilation, groups)
+    prologue = vectors(
+        op,
+        input,
+        input.shape[1],
+        in_mean=in_mean,
+        in_var=in_var,
+        in_weight=in_weight,
+        in_bias=in_bias,
+    )
+    if choose_conv(input, weight, stride, padding, dilation, groups, True) == "cudnn":
+        if in_mean is not None:
+            none = (None,) * 5
+            input = bn_add_relu(input, *prologue, in_eps, *none, 0.0, True)
+        z = torch.ops.aten.convolution(
+            channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
+        )
+        return (channels_last(z), *channel_stats(z))
+    input, weight = channels_last(input), channels_last(weight)
+    output = empty_channels_last(input, shape)
+    rows = rows_of(output)
+    tile = CONV_TILES[choose_tile(rows, shape[1], input, prologue=in_mean is not None)]
+    part_mean = torch.empty(
+        (triton.cdiv(rows, tile.block_rows), shape[1]),
+        dtype=parameter_dtype(input.dtype),
+        device=input.device,
+    )
+    part_m2 = torch.empty_like(part_mean)
+    with torch.cuda.device_of(input):
+        _launch_conv(
+            input,
+            weight,
+            output,
+            prologue,
+            in_eps,
+            [None] * 5,
+            0.0,
+            None,
+            False,
+            stride,
+            padding,
+            tile,
+            part_mean,
+            part_m2,
+        )
+        mean, var = merge_stats(part_mean, part_m2, rows, tile.block_rows)
+    return output, mean, var
