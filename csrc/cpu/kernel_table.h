@@ -18,8 +18,74 @@ struct float16 {
 enum class DType { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 inline constexpr int kDTypes = 4;
 
+// Shortcut of a block: none, the tensor itself, or the tensor under a BatchNorm of its own.
+enum class Residual { none = 0, plain = 1, bn = 2 };
+inline constexpr int kResiduals = 3;
+
+// Below, images are dense (N, H, W, C) and per-channel vectors are of the computing type (float,
+// for double double). They are tiled: `period` is C or a multiple of it that fills vectors, and
+// each per-channel vector holds `period` elements.
+
+struct BnAddReluArgs {
+  const void* z;
+  const void* residual;
+  void* y;
+  const void* mean;
+  const void* scale;
+  const void* bias;  // of both branches
+  const void* residual_mean;
+  const void* residual_scale;
+  int64_t period;
+};
+
+// What is zero where: nothing, dy where y <= 0, or dy where (z - mean) * scale + bias <= 0.
+enum class Mask { none = 0, output = 1, affine = 2 };
+
+struct BnAddReluBackwardArgs {
+  const void* dy;
+  const void* y;  // Mask::output
+  const void* z;
+  const void* residual;  // Residual::bn
+  void* dz;              // may be dy
+  void* dresidual;
+  const void* mean;
+  const void* scale;
+  const void* bias;  // Mask::affine
+  const void* residual_mean;
+  const void* residual_scale;
+  int64_t period;
+  // Sums over the rows, (3, period): of g, of g * (z - mean), of g * (residual - residual_mean).
+  double* sums;
+  void* workspace;  // (3, period) of the computing type
+};
+
+struct BnStatsBackwardArgs {
+  const void* dz;
+  const void* z;
+  void* dzt;
+  const void* mean;
+  const void* constant;  // dmean / n
+  const void* slope;     // 2 * dvar / n
+  int64_t period;
+};
+
+// Elements [begin, end) of dense images; begin is a multiple of the period.
+using AddReluFn = void (*)(const void* input, const void* residual, void* y, int64_t begin,
+                           int64_t end);
+using AddReluBackwardFn = void (*)(const void* dy, const void* y, void* dinput, int64_t begin,
+                                   int64_t end);
+using BnAddReluFn = void (*)(const BnAddReluArgs&, int64_t begin, int64_t end);
+using BnAddReluBackwardFn = void (*)(const BnAddReluBackwardArgs&, int64_t begin, int64_t end);
+using BnStatsBackwardFn = void (*)(const BnStatsBackwardArgs&, int64_t begin, int64_t end);
+
 struct KernelTable {
   int vector_bytes;
+  AddReluFn add_relu[kDTypes];
+  AddReluBackwardFn add_relu_backward[kDTypes];
+  BnAddReluFn bn_add_relu[kDTypes][kResiduals][2];  // [dtype][residual][relu]
+  BnAddReluBackwardFn bn_add_relu_backward[kDTypes][kResiduals][2];
+  BnAddReluBackwardFn prologue_backward[kDTypes];  // Mask::affine, Residual::none
+  BnStatsBackwardFn bn_stats_backward[kDTypes];
 };
 
 namespace baseline {

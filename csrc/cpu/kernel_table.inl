@@ -4,11 +4,43 @@
 // for all instruction sets, and it could be one that this processor cannot run.
 #include "kernel_table.h"
 #include "vec.h"
+// After vec.h, on which they build.
+#include "add_relu_kernel.inl"
+#include "bn_add_relu_kernel.inl"
+#include "conv_backward_kernel.inl"
 
 namespace fastres::cpu::FASTRES_ISA {
 
-const KernelTable table = {
-    .vector_bytes = kVecBytes,
-};
+// The entries of one storage type.
+template <typename T>
+constexpr void set_entries(KernelTable& t, DType dtype) {
+  const int d = static_cast<int>(dtype);
+  t.add_relu[d] = add_relu<T>;
+  t.add_relu_backward[d] = add_relu_backward<T>;
+  t.prologue_backward[d] = bn_add_relu_backward<T, Residual::none, Mask::affine>;
+  t.bn_stats_backward[d] = bn_stats_backward<T>;
+  auto set_residual = [&]<Residual R>() {
+    const int r = static_cast<int>(R);
+    t.bn_add_relu[d][r][false] = bn_add_relu<T, R, false>;
+    t.bn_add_relu[d][r][true] = bn_add_relu<T, R, true>;
+    t.bn_add_relu_backward[d][r][false] = bn_add_relu_backward<T, R, Mask::none>;
+    t.bn_add_relu_backward[d][r][true] = bn_add_relu_backward<T, R, Mask::output>;
+  };
+  set_residual.template operator()<Residual::none>();
+  set_residual.template operator()<Residual::plain>();
+  set_residual.template operator()<Residual::bn>();
+}
+
+constexpr KernelTable make_table() {
+  KernelTable t{};
+  t.vector_bytes = kVecBytes;
+  set_entries<float>(t, DType::float32);
+  set_entries<bfloat16>(t, DType::bfloat16);
+  set_entries<float16>(t, DType::float16);
+  set_entries<double>(t, DType::float64);
+  return t;
+}
+
+constinit const KernelTable table = make_table();
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -175,8 +176,9 @@ auto call_aten(const char* name, const char* overload, const Args&... args) {
   if constexpr (sizeof...(Results) == 1) {
     return torch::stable::detail::to<Results...>(stack[0]);
   } else {
-    size_t i = 0;
-    return std::tuple<Results...>{torch::stable::detail::to<Results>(stack[i++])...};
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return std::tuple<Results...>{torch::stable::detail::to<Results>(stack[I])...};
+    }(std::index_sequence_for<Results...>{});
   }
 }
 

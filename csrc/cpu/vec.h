@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
+// Its unmasked AVX-512 intrinsics trip GCC's -Wmaybe-uninitialized; the maskz ones do not.
 #include <immintrin.h>
 #endif
 
@@ -45,6 +46,7 @@ struct Compute<double> {
 };
 
 #define FASTRES_INLINE inline __attribute__((always_inline))
+#define FASTRES_LAMBDA_INLINE __attribute__((always_inline))
 
 template <typename T>
 FASTRES_INLINE T min(T a, T b) {
@@ -73,7 +75,7 @@ FASTRES_INLINE Doubles select(Longs mask, Doubles a, Doubles b) { return mask ? 
 // max(x, 0) with NaN and -0.0 kept: x86's max returns its second operand for both.
 FASTRES_INLINE Floats relu(Floats x) {
 #if defined(__AVX512F__)
-  return _mm512_max_ps(_mm512_setzero_ps(), x);
+  return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), x);
 #elif defined(__AVX2__)
   return _mm256_max_ps(_mm256_setzero_ps(), x);
 #else
@@ -102,7 +104,7 @@ FASTRES_INLINE Floats load(const bfloat16* p) {
 
 FASTRES_INLINE Floats load(const float16* p) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -133,8 +135,9 @@ FASTRES_INLINE void store(bfloat16* p, Floats v) {
 // Rounds to nearest even.
 FASTRES_INLINE void store(float16* p, Floats v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -1,0 +1,40 @@
+// The CPU operators. What each one means is said in fastres/ops; schemas are in register.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastres::cpu {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor add_relu(const Tensor& input, const Tensor& residual);
+
+Tensor add_relu_backward(const Tensor& dy, const Tensor& y);
+
+Tensor bn_add_relu(const Tensor& z, const Tensor& mean, const Tensor& var,
+                   const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                   const OptionalTensor& residual, const OptionalTensor& residual_mean,
+                   const OptionalTensor& residual_var, const OptionalTensor& residual_weight,
+                   const OptionalTensor& residual_bias, double residual_eps, bool relu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const Tensor& mean,
+                     const Tensor& var, const OptionalTensor& weight, double eps,
+                     const OptionalTensor& residual, const OptionalTensor& residual_mean,
+                     const OptionalTensor& residual_var, const OptionalTensor& residual_weight,
+                     double residual_eps, bool relu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
+    const Tensor& dz, const Tensor& dmean, const Tensor& dvar, const Tensor& input,
+    const Tensor& weight, const Tensor& z, const Tensor& mean, const OptionalTensor& in_mean,
+    const OptionalTensor& in_var, const OptionalTensor& in_weight, const OptionalTensor& in_bias,
+    double in_eps, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups, bool needs_input, bool needs_weight);
+
+}  // namespace fastres::cpu
