@@ -26,7 +26,8 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastres: C++ kernels. Importing this module registers torch.ops.fastres.*";
   m.def(
-      "cpu_capability", [] { return std::string(fastres::cpu::isa_name(fastres::cpu::current_isa())); },
+      "cpu_capability",
+      [] { return std::string(fastres::cpu::isa_name(fastres::cpu::current_isa())); },
       "The instruction set in use: baseline, avx2 or avx512.");
   m.def("available_cpu_capabilities", &fastres::cpu::available_isas,
         "The instruction sets that this machine can use, slowest first.");

@@ -4,6 +4,8 @@
 // CUDA, and the plain-torch reference for every other device. What each op means is said there.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/ops.h"
+
 STABLE_TORCH_LIBRARY(fastres, m) {
   m.def("add_relu(Tensor input, Tensor residual) -> Tensor");
   m.def("add_relu_backward(Tensor dy, Tensor y) -> Tensor");
@@ -40,4 +42,15 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "bool needs_input, bool needs_weight) -> "
       "(Tensor dinput, Tensor dweight, Tensor din_mean, Tensor din_var, Tensor din_weight, "
       "Tensor din_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  namespace cpu = fastres::cpu;
+  m.impl("add_relu", TORCH_BOX(&cpu::add_relu));
+  m.impl("add_relu_backward", TORCH_BOX(&cpu::add_relu_backward));
+
+  m.impl("bn_add_relu", TORCH_BOX(&cpu::bn_add_relu));
+  m.impl("bn_add_relu_backward", TORCH_BOX(&cpu::bn_add_relu_backward));
+
+  m.impl("conv_stats_backward", TORCH_BOX(&cpu::conv_stats_backward));
 }
