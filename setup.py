@@ -143,7 +143,8 @@ def build_requirements() -> list[str]:
 version = re.search(r'__version__ = "(.+)"', (ROOT / "fastres/version.py").read_text())
 assert version is not None
 packages = ["fastres.kernels", "fastres"] + [
-    ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastres").glob("*/__init__.py")
+    ".".join(path.parent.relative_to(ROOT).parts)
+    for path in (ROOT / "fastres").glob("*/__init__.py")
 ]
 test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3"]
 bench = ["pytest-benchmark>=4", "pytest>=8", "onnx", "onnxscript", "onnxruntime", "openvino"]

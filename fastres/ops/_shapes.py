@@ -20,9 +20,7 @@ def check(condition: bool, op: str, message: str) -> None:
 
 def check_activation(op: str, name: str, tensor: Tensor) -> None:
     """`tensor` must be (N, C, H, W) of a floating dtype that the ops know."""
-    check(
-        tensor.dim() == 4, op, f"{name} must be (N, C, H, W), got {tensor.dim()} dimensions"
-    )
+    check(tensor.dim() == 4, op, f"{name} must be (N, C, H, W), got {tensor.dim()} dimensions")
     check(
         tensor.dtype in FLOATING,
         op,
@@ -89,7 +87,11 @@ def conv_output_shape(
     check_activation(op, "input", input)
     check_activation(op, "weight", weight)
     check_placed_like(op, "weight", weight, "input", input)
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, pair, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
         check(
             len(pair) == 2 and all(value >= least for value in pair),
             op,

@@ -161,12 +161,12 @@ def _fake_backward(
         vector(True),
         vector(True),
         vector(weight is not None),
-        vector(weight is not None),
+        vector(True),
         z.new_empty(0) if residual is None else new_activation(z, z.shape),
         vector(affine),
         vector(affine),
         vector(affine and residual_weight is not None),
-        vector(affine and residual_weight is not None),
+        vector(affine),
     )
 
 

@@ -112,27 +112,25 @@ def bn_add_relu_backward(
     g = masked.to(mean.dtype)
     dz, dmean, dvar, dweight, dbias = _affine_backward(g, z, mean, var, weight, eps)
     empty = mean.new_empty(0)
-    if weight is None:
-        dweight, dbias = empty, empty
-    grads = [_as_result(dz, z), dmean, dvar, dweight, dbias]
+    grads = [_as_result(dz, z), dmean, dvar, dweight if weight is not None else empty, dbias]
     if residual is None:
         return (*grads, z.new_empty(0), empty, empty.clone(), empty.clone(), empty.clone())
     if residual_mean is None or residual_var is None:
         copy = masked.clone(memory_format=_CHANNELS_LAST)
         return (*grads, copy, empty, empty.clone(), empty.clone(), empty.clone())
-    dres, *vectors = _affine_backward(
+    dres, dr_mean, dr_var, dr_weight, dr_bias = _affine_backward(
         g, residual, residual_mean, residual_var, residual_weight, residual_eps
     )
-    return (*grads, _as_result(dres, z), *vectors)
+    if residual_weight is None:
+        dr_weight = empty.clone()
+    return (*grads, _as_result(dres, z), dr_mean, dr_var, dr_weight, dr_bias)
 
 
 def _as_result(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).contiguous(memory_format=_CHANNELS_LAST)
 
 
-def packed_numel(
-    weight: Tensor, dilation: list[int], groups: int
-) -> int | torch.SymInt:
+def packed_numel(weight: Tensor, dilation: list[int], groups: int) -> int | torch.SymInt:
     """Elements of `pack_conv_weight`'s result: output channels rounded up to whole panels of 16."""
     if weight.dtype != torch.float32 or groups != 1 or list(dilation) != [1, 1]:
         return 0
@@ -248,10 +246,16 @@ def conv_stats_backward(
         g = _mask(dinput.to(mean.dtype), a)
         dx, dm, dv, dw, db = _affine_backward(g, input, in_mean, in_var, in_weight, in_eps)
         dinput = dx
-        vectors = [dm, dv, *((dw, db) if in_weight is not None else vectors[2:])]
+        vectors = [dm, dv, dw if in_weight is not None else vectors[2], vectors[3]]
+        if in_bias is not None:
+            vectors[3] = db
     if needs_input:
         dinput = _as_result(dinput, z)
-    dweight = dweight.contiguous(memory_format=memory_format_of(weight)) if needs_weight else z.new_empty(0)
+    dweight = (
+        dweight.contiguous(memory_format=memory_format_of(weight))
+        if needs_weight
+        else z.new_empty(0)
+    )
     return dinput, dweight, vectors[0], vectors[1], vectors[2], vectors[3]
 
 
