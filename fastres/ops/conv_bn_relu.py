@@ -158,7 +158,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    (input, weight, bias, mean, var, bn_weight, bn_bias, eps, residual) = inputs[:9]
+    input, weight, bias, mean, var, bn_weight, _, eps = inputs[:8]
     ctx.save_for_backward(input, weight, bias, mean, var, bn_weight, output)
     ctx.eps = eps
     ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.relu = inputs[9:14]
