@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, finish, project
+from ..nn.units import FusedUnits
 
 STEMS = ("imagenet", "cifar")
 SHORTCUTS = ("projection", "zero_pad")
@@ -113,6 +117,64 @@ class ResNet(torchvision_resnet.ResNet):
             yield from stage
 
 
+class FusedBasicBlock(FusedUnits, BasicBlock):
+    """torchvision's BasicBlock, computed in three passes by the fused ops."""
+
+    _by_modules = BasicBlock.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self._folds and not self.training:
+                return self._folded2(self._folded1(x), self._folded_shortcut(x))
+            else:
+                return self._by_modules(x)
+        else:
+            out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
+            shortcut = project(self.downsample, x, self._packed)
+            return conv_bn_add_relu(self.conv2, self.bn2, self.relu, out, shortcut, self._packed)
+
+
+class FusedBottleneck(FusedUnits, Bottleneck):
+    """torchvision's Bottleneck, computed in four passes by the fused ops."""
+
+    _by_modules = Bottleneck.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self._folds and not self.training:
+                out = self._folded2(self._folded1(x))
+                return self._folded3(out, self._folded_shortcut(x))
+            else:
+                return self._by_modules(x)
+        else:
+            out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
+            out = conv_bn_relu(self.conv2, self.bn2, self.relu, out, self._packed)
+            shortcut = project(self.downsample, x, self._packed)
+            return conv_bn_add_relu(self.conv3, self.bn3, self.relu, out, shortcut, self._packed)
+
+
+class FusedResNet(FusedUnits, ResNet):
+    """ResNet of the fused blocks. Inputs in another layout than channels_last are converted."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self._stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self._folds and not self.training:
+                return self._folded1(x)
+            else:
+                return self.relu(self.bn1(self.conv1(x)))
+        else:
+            out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
+            return finish(out, relu=True)
+
+
+_FUSED_BLOCKS = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = " or ".join(repr(c) for c in choices)
@@ -129,10 +191,16 @@ def _resnet(
     layers: list[int],
     weights: WeightsEnum | None,
     progress: bool,
+    fused: bool,
     **kwargs: Any,
 ) -> ResNet:
+    if not isinstance(fused, bool):
+        raise TypeError(f"resnet: fused is {fused!r}; expected True or False")
+    cls: type[ResNet] = ResNet
+    if fused:
+        cls, block = FusedResNet, _FUSED_BLOCKS[block]
     if weights is None:
-        return ResNet(block, layers, **kwargs)
+        return cls(block, layers, **kwargs)
     categories = len(weights.meta["categories"])
     # The published weights fit one architecture only: say so by name, not by a size mismatch.
     for name, fits in (("num_classes", categories), ("stem", STEMS[0]), ("shortcut", SHORTCUTS[0])):
@@ -140,7 +208,7 @@ def _resnet(
             raise ValueError(
                 f"resnet: {name} is {kwargs[name]!r}; expected {fits!r} with weights={weights}"
             )
-    model = ResNet(block, layers, **kwargs)
+    model = cls(block, layers, **kwargs)
     model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     return model
 
@@ -151,6 +219,7 @@ _DOC = """ResNet-{depth}, https://arxiv.org/abs/1512.03385; torchvision's, param
         weights: a ``torchvision.models.ResNet{depth}_Weights`` or its name, such as
             ``"IMAGENET1K_V1"``; torchvision downloads them. None: random initialisation.
         progress: show a progress bar for the download.
+        fused: compute with fastres' fused ops: faster, in less memory, the same answers.
         **kwargs: keyword arguments of :class:`ResNet`: ``stem``, ``shortcut``, ``num_classes`` ...
 
     Returns:
@@ -162,50 +231,55 @@ def resnet18(
     *,
     weights: torchvision_resnet.ResNet18_Weights | str | None = None,
     progress: bool = True,
+    fused: bool = False,
     **kwargs: Any,
 ) -> ResNet:
     weights = torchvision_resnet.ResNet18_Weights.verify(weights)
-    return _resnet(BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
+    return _resnet(BasicBlock, [2, 2, 2, 2], weights, progress, fused, **kwargs)
 
 
 def resnet34(
     *,
     weights: torchvision_resnet.ResNet34_Weights | str | None = None,
     progress: bool = True,
+    fused: bool = False,
     **kwargs: Any,
 ) -> ResNet:
     weights = torchvision_resnet.ResNet34_Weights.verify(weights)
-    return _resnet(BasicBlock, [3, 4, 6, 3], weights, progress, **kwargs)
+    return _resnet(BasicBlock, [3, 4, 6, 3], weights, progress, fused, **kwargs)
 
 
 def resnet50(
     *,
     weights: torchvision_resnet.ResNet50_Weights | str | None = None,
     progress: bool = True,
+    fused: bool = False,
     **kwargs: Any,
 ) -> ResNet:
     weights = torchvision_resnet.ResNet50_Weights.verify(weights)
-    return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
+    return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, fused, **kwargs)
 
 
 def resnet101(
     *,
     weights: torchvision_resnet.ResNet101_Weights | str | None = None,
     progress: bool = True,
+    fused: bool = False,
     **kwargs: Any,
 ) -> ResNet:
     weights = torchvision_resnet.ResNet101_Weights.verify(weights)
-    return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
+    return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, fused, **kwargs)
 
 
 def resnet152(
     *,
     weights: torchvision_resnet.ResNet152_Weights | str | None = None,
     progress: bool = True,
+    fused: bool = False,
     **kwargs: Any,
 ) -> ResNet:
     weights = torchvision_resnet.ResNet152_Weights.verify(weights)
-    return _resnet(Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)
+    return _resnet(Bottleneck, [3, 8, 36, 3], weights, progress, fused, **kwargs)
 
 
 for _depth, _build in {

@@ -1,0 +1,216 @@
+"""The unit that a ResNet is made of: ``relu(bn(conv(x)) [+ shortcut])``.
+
+The functions take the ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU`` that a block owns. Where
+these are exactly that, the fused ops compute the unit; where anything is attached to them (hooks,
+a parametrization, another type in their place) the modules themselves are called, so that every
+tool sees what it expects. Which of the two is decided anew in every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from .packed import PackedWeights
+
+
+class Pending(NamedTuple):
+    """A convolution's output ``z`` ``(N, C, H, W)`` whose BatchNorm is left to its reader.
+
+    The next convolution applies it (and the ReLU) while it loads z, or the block's last pass does.
+    """
+
+    z: Tensor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def conv_bn_relu(
+    conv: nn.Module, bn: nn.Module, relu: nn.Module, x: Tensor | Pending, packed: PackedWeights
+) -> Tensor | Pending:
+    """``relu(bn(conv(x)))``, with BatchNorm and ReLU still pending if it uses batch statistics."""
+    if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
+        return relu(bn(conv(finish(x, relu=True))))
+    if uses_batch_statistics(bn):
+        return _conv_stats(conv, bn, x)
+    return _conv_bn(conv, bn, finish(x, relu=True), None, True, packed)
+
+
+def conv_bn_add_relu(
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module,
+    x: Tensor | Pending,
+    shortcut: Tensor | Pending,
+    packed: PackedWeights,
+) -> Tensor:
+    """``relu(bn(conv(x)) + shortcut)``: the end of a block."""
+    if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
+        return relu(bn(conv(finish(x, relu=True))) + finish(shortcut, relu=False))
+    if uses_batch_statistics(bn):
+        return finish(_conv_stats(conv, bn, x), relu=True, shortcut=shortcut)
+    return _conv_bn(conv, bn, finish(x, relu=True), finish(shortcut, relu=False), True, packed)
+
+
+def project(downsample: nn.Module | None, x: Tensor, packed: PackedWeights) -> Tensor | Pending:
+    """A block's shortcut: x itself, a 1x1 convolution with BatchNorm, or any other module."""
+    if downsample is None:
+        return x
+    pair = as_conv_bn(downsample)
+    if pair is None or not fuses(*pair, x):
+        return downsample(x)
+    if uses_batch_statistics(pair[1]):
+        return _conv_stats(*pair, x)
+    return _conv_bn(*pair, x, None, False, packed)
+
+
+def finish(x: Tensor | Pending, *, relu: bool, shortcut: Tensor | Pending | None = None) -> Tensor:
+    """Apply a pending BatchNorm (+ shortcut) (+ ReLU) in one pass; a tensor is finished already."""
+    if not isinstance(x, Pending):
+        return x
+    if isinstance(shortcut, Pending):
+        return ops.bn_add_relu(*x, *shortcut, relu)
+    if shortcut is not None:
+        shortcut = shortcut.to(x.z.dtype)
+    return ops.bn_add_relu(*x, shortcut, None, None, None, None, 0.0, relu)
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is ``kind.forward`` and nothing else: no subclass, hook, patch."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def fuses(conv: nn.Module, bn: nn.Module, x: Any = None) -> bool:
+    """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
+    return (
+        is_untouched(conv, nn.Conv2d)
+        and is_untouched(bn, nn.BatchNorm2d)
+        and conv.padding_mode == "zeros"
+        and type(conv.padding) is tuple
+        # Tools that take the parameters out of a module leave plain attributes behind.
+        and "weight" in conv._parameters
+        and "weight" in bn._parameters
+        and "running_mean" in bn._buffers
+        # A bias has no effect before batch statistics, but it has a gradient (of rounding errors).
+        and (conv._parameters["bias"] is None or not uses_batch_statistics(bn))
+        and not _has_any_global_hook()
+        and not isinstance(x, Proxy)  # torch.fx: let its graph show the modules
+    )
+
+
+def as_conv_bn(module: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
+    """The two modules of ``nn.Sequential(conv, bn)``, or None if it is anything else."""
+    if module is None or not is_untouched(module, nn.Sequential) or len(module._modules) != 2:
+        return None
+    conv, bn = module._modules.values()
+    return conv, bn
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    return bn.training or bn._buffers["running_mean"] is None
+
+
+def _conv_bn(
+    conv: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    packed_weights: PackedWeights,
+) -> Tensor:
+    """One pass with the running statistics: ``[relu](bn(conv(x)) [+ residual])``."""
+    weight = conv._parameters["weight"]
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    packed = None
+    if torch.jit.is_tracing():
+        # In the graph, so that freezing folds it and a later change of the weight is still seen.
+        packed = ops.pack_conv_weight(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    elif (
+        not torch.compiler.is_compiling()
+        and type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+    ):
+        packed = packed_weights.get(conv, weight)
+    bn_parameters, buffers = bn._parameters, bn._buffers
+    return ops.conv_bn_relu(
+        x,
+        weight,
+        conv._parameters["bias"],
+        buffers["running_mean"],
+        buffers["running_var"],
+        bn_parameters["weight"],
+        bn_parameters["bias"],
+        bn.eps,
+        residual,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        relu,
+        packed,
+    )
+
+
+def _conv_stats(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> Pending:
+    """The convolution and its batch statistics; updates the running ones as ``bn`` would."""
+    if not isinstance(x, Pending):
+        x = Pending(x, None, None, None, None, 0.0)
+    weight = conv._parameters["weight"]
+    z = x.z
+    dtype = _autocast_dtype(z)
+    if dtype is not None:
+        z, weight = z.to(dtype), weight.to(dtype)
+    z, mean, var = ops.conv_stats(
+        z, weight, *x[1:], conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+    count = z.size(0) * z.size(2) * z.size(3)
+    if count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {z.size()}"
+        )
+    if bn.training and bn.track_running_stats:
+        _update_running_statistics(bn, mean, var, count)
+    return Pending(z, mean, var, bn._parameters["weight"], bn._parameters["bias"], bn.eps)
+
+
+@torch.no_grad()
+def _update_running_statistics(bn: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
+    """As ``nn.BatchNorm2d``: moving or (momentum None) cumulative average, unbiased variance."""
+    momentum, batches = bn.momentum, bn.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
+    if momentum is None:
+        momentum = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
+    if count == 0:
+        return
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast wants a convolution to run in; None where it has no say, as in float64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None

@@ -1,0 +1,119 @@
+"""The base of modules that own fused units: their packed weights, and the units in TorchScript."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from .conv_bn import as_conv_bn, fuses, is_untouched
+from .packed import PackedWeights
+
+
+def folded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """``[relu](bn(conv(x)) [+ residual])`` in eval mode; freezing the graph folds the packing."""
+    packed = ops.pack_conv_weight(weight, stride, padding, dilation, groups)
+    return ops.conv_bn_relu(
+        x, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual,
+        stride, padding, dilation, groups, relu, packed,
+    )  # fmt: skip
+
+
+class FusedUnits(nn.Module):
+    """Base of a module with the units ``conv1, bn1, conv2, ...``, a ``relu``, a ``downsample``.
+
+    Packed weights are dropped whenever they may have changed unseen. The methods ``_folded*`` are
+    for TorchScript, which can't pass modules to a function; it reads the properties once, as
+    constants, and compiles no branch that they rule out.
+    """
+
+    __constants__ = ("_folds", "_projection_folds")
+    __jit_unused_properties__ = ("_folds", "_projection_folds")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed = PackedWeights()
+
+    def train(self, mode: bool = True) -> FusedUnits:
+        self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedUnits:
+        self._packed.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether every conv1, bn1, conv2, ... of the module can be folded."""
+        names = [name for name in self._modules if name.startswith("conv")]
+        return is_untouched(self.relu, nn.ReLU) and all(
+            _pair_folds(self._modules[name], self._modules[name.replace("conv", "bn")])
+            for name in names
+        )
+
+    @property
+    def _projection_folds(self) -> bool:
+        """Whether the module has a downsample that can be folded."""
+        pair = as_conv_bn(self._modules.get("downsample"))
+        return pair is not None and _pair_folds(*pair)
+
+    def _folded1(self, x: Tensor) -> Tensor:
+        return folded(
+            x, self.conv1.weight, self.conv1.bias, self.bn1.running_mean, self.bn1.running_var,
+            self.bn1.weight, self.bn1.bias, self.bn1.eps, self.conv1.stride, self.conv1.padding,
+            self.conv1.dilation, self.conv1.groups, True, None,
+        )  # fmt: skip
+
+    def _folded2(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return folded(
+            x, self.conv2.weight, self.conv2.bias, self.bn2.running_mean, self.bn2.running_var,
+            self.bn2.weight, self.bn2.bias, self.bn2.eps, self.conv2.stride, self.conv2.padding,
+            self.conv2.dilation, self.conv2.groups, True, shortcut,
+        )  # fmt: skip
+
+    def _folded3(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return folded(
+            x, self.conv3.weight, self.conv3.bias, self.bn3.running_mean, self.bn3.running_var,
+            self.bn3.weight, self.bn3.bias, self.bn3.eps, self.conv3.stride, self.conv3.padding,
+            self.conv3.dilation, self.conv3.groups, True, shortcut,
+        )  # fmt: skip
+
+    def _folded_shortcut(self, x: Tensor) -> Tensor:
+        if self.downsample is None:
+            return x
+        elif self._projection_folds:
+            return self._folded_projection(x)
+        else:
+            return self.downsample(x)
+
+    def _folded_projection(self, x: Tensor) -> Tensor:
+        conv, bn = self.downsample[0], self.downsample[1]
+        return folded(
+            x, conv.weight, conv.bias, bn.running_mean, bn.running_var,
+            bn.weight, bn.bias, bn.eps, conv.stride, conv.padding,
+            conv.dilation, conv.groups, False, None,
+        )  # fmt: skip
+
+
+def _pair_folds(conv: nn.Module, bn: nn.Module) -> bool:
+    return fuses(conv, bn) and bn._buffers["running_mean"] is not None
