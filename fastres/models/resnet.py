@@ -120,14 +120,13 @@ class ResNet(torchvision_resnet.ResNet):
 class FusedBasicBlock(FusedUnits, BasicBlock):
     """torchvision's BasicBlock, computed in three passes by the fused ops."""
 
-    _by_modules = BasicBlock.forward
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self._folds and not self.training:
                 return self._folded2(self._folded1(x), self._folded_shortcut(x))
             else:
-                return self._by_modules(x)
+                out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+                return self.relu(out + self._shortcut(x))
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
             shortcut = project(self.downsample, x, self._packed)
@@ -137,15 +136,14 @@ class FusedBasicBlock(FusedUnits, BasicBlock):
 class FusedBottleneck(FusedUnits, Bottleneck):
     """torchvision's Bottleneck, computed in four passes by the fused ops."""
 
-    _by_modules = Bottleneck.forward
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self._folds and not self.training:
                 out = self._folded2(self._folded1(x))
                 return self._folded3(out, self._folded_shortcut(x))
             else:
-                return self._by_modules(x)
+                out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+                return self.relu(self.bn3(self.conv3(out)) + self._shortcut(x))
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
             out = conv_bn_relu(self.conv2, self.bn2, self.relu, out, self._packed)

@@ -15,8 +15,8 @@ def folded(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     eps: float,
@@ -28,6 +28,7 @@ def folded(
     residual: Tensor | None,
 ) -> Tensor:
     """``[relu](bn(conv(x)) [+ residual])`` in eval mode; freezing the graph folds the packing."""
+    assert running_mean is not None and running_var is not None  # their type is optional
     packed = ops.pack_conv_weight(weight, stride, padding, dilation, groups)
     return ops.conv_bn_relu(
         x, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual,
@@ -98,20 +99,25 @@ class FusedUnits(nn.Module):
             self.conv3.dilation, self.conv3.groups, True, shortcut,
         )  # fmt: skip
 
-    def _folded_shortcut(self, x: Tensor) -> Tensor:
+    def _shortcut(self, x: Tensor) -> Tensor:
         if self.downsample is None:
             return x
-        elif self._projection_folds:
-            return self._folded_projection(x)
         else:
             return self.downsample(x)
 
+    def _folded_shortcut(self, x: Tensor) -> Tensor:
+        if self._projection_folds:
+            return self._folded_projection(x)
+        else:
+            return self._shortcut(x)
+
     def _folded_projection(self, x: Tensor) -> Tensor:
-        conv, bn = self.downsample[0], self.downsample[1]
         return folded(
-            x, conv.weight, conv.bias, bn.running_mean, bn.running_var,
-            bn.weight, bn.bias, bn.eps, conv.stride, conv.padding,
-            conv.dilation, conv.groups, False, None,
+            x, self.downsample[0].weight, self.downsample[0].bias,
+            self.downsample[1].running_mean, self.downsample[1].running_var,
+            self.downsample[1].weight, self.downsample[1].bias, self.downsample[1].eps,
+            self.downsample[0].stride, self.downsample[0].padding,
+            self.downsample[0].dilation, self.downsample[0].groups, False, None,
         )  # fmt: skip
 
 
