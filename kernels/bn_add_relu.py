@@ -170,8 +170,8 @@ def bn_reduce_bwd_kernel(
     weight,  # (channels,) or None for 1
     dmean,  # (channels,) ACC
     dvar,  # (channels,) ACC
-    dweight,  # (channels,) ACC, or None
-    dbias,  # (channels,) ACC
+    dweight,  # (channels,) ACC, or None without weight and bias
+    dbias,  # (channels,) ACC, or None with dweight
     parts,
     channels,
     EPS: tl.constexpr,
@@ -197,7 +197,12 @@ def bn_reduce_bwd_kernel(
     tl.store(dvar + c, -0.5 * scale * istd * istd * total_gz, mask=c_mask)
     if dweight is not None:
         tl.store(dweight + c, istd * total_gz, mask=c_mask)
-    tl.store(dbias + c, total_g, mask=c_mask)
+        tl.store(dbias + c, total_g, mask=c_mask)
+
+
+def _require_pair(op: str, mean: Tensor | None, var: Tensor | None) -> None:
+    message = "residual_mean and residual_var must be given together"
+    require((mean is None) == (var is None), op, message)
 
 
 def bn_add_relu(
@@ -221,6 +226,7 @@ def bn_add_relu(
     tensor like z. Raises RuntimeError where shapes, dtypes or devices do not fit.
     """
     op = "bn_add_relu"
+    _require_pair(op, residual_mean, residual_var)
     require(z.dim() == 4, op, f"z has {z.dim()} dimensions, expected 4")
     require_like(op, "residual", residual, "z", z)
     channels = z.shape[1]
@@ -288,7 +294,7 @@ def bn_add_relu_gradients(
     """As bn_add_relu_backward; with y None the ReLU's mask is recomputed from z and bias."""
     channels, rows = z.shape[1], rows_of(z)
     dy, y, z = channels_last(dy), channels_last(y), channels_last(z)
-    parameter = torch.empty(0, dtype=parameter_dtype(z.dtype), device=z.device)
+    parameter = mean.new_empty(0, dtype=parameter_dtype(z.dtype))
     dz = empty_channels_last(z, z.shape)
     dresidual = z.new_empty(0) if residual is None else empty_channels_last(z, z.shape)
     projection = residual is not None and residual_mean is not None
@@ -300,21 +306,16 @@ def bn_add_relu_gradients(
     part_gz = torch.empty_like(part_g)
     part_gr = torch.empty_like(part_g) if projection else None
 
-    def reduce(
-        part: Tensor, var: Tensor, weight: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dmean, dvar, dbias = (parameter.new_empty(channels) for _ in range(3))
-        dweight = parameter if weight is None else parameter.new_empty(channels)
+    def reduce(part: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> list[Tensor]:
+        sizes = (channels, channels) + ((0, 0) if weight is None else (channels, channels))
+        vectors = [parameter.new_empty(size) for size in sizes]
         if channels:
             bn_reduce_bwd_kernel[(triton.cdiv(channels, REDUCE_BLOCK_CHANNELS),)](
                 part_g,
                 part,
                 var,
                 weight,
-                dmean,
-                dvar,
-                None if weight is None else dweight,
-                dbias,
+                *(vector if vector.numel() else None for vector in vectors),
                 parts,
                 channels,
                 EPS=eps,
@@ -324,7 +325,7 @@ def bn_add_relu_gradients(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-        return dmean, dvar, dweight, dbias
+        return vectors
 
     with torch.cuda.device_of(z):
         if dz.numel():
@@ -356,14 +357,14 @@ def bn_add_relu_gradients(
                 WIDE=is_wide(z),
                 BLOCK_ROWS=tile.block_rows,
                 BLOCK_CHANNELS=tile.block_channels,
-                num_warps=4,
+                num_warps=8,
                 enable_fp_fusion=True,
             )
         main = reduce(part_gz, var, weight, eps)
         if projection:
             branch = reduce(part_gr, residual_var, residual_weight, residual_eps)
         else:
-            branch = (parameter,) * 4
+            branch = [parameter.new_empty(0) for _ in range(4)]
     return (dz, *main, dresidual, *branch)
 
 
@@ -385,10 +386,12 @@ def bn_add_relu_backward(
     """Gradients of bn_add_relu; y is what it returned.
 
     Returns dz, dmean, dvar, dweight, dbias, dresidual, dresidual_mean, dresidual_var,
-    dresidual_weight, dresidual_bias; what does not apply is empty ``(0,)``. mean and var are
+    dresidual_weight, dresidual_bias; what does not apply is empty ``(0,)``, as are the gradients of
+    weight and bias where weight is None. mean and var are
     independent arguments here: their dependence on z is conv_stats' to differentiate.
     """
     op = "bn_add_relu_backward"
+    _require_pair(op, residual_mean, residual_var)
     require(z.dim() == 4, op, f"z has {z.dim()} dimensions, expected 4")
     for name, tensor in (("dy", dy), ("y", y), ("residual", residual)):
         require_like(op, name, tensor, "z", z)

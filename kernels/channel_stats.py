@@ -62,8 +62,8 @@ def channel_stats_fwd_kernel(
 
     total = tl.sum(count, axis=0)
     weight = count / tl.maximum(total, 1.0)
-    # Deviations from one lane's mean: a large common mean does not round the small differences.
-    anchor = tl.sum(tl.where(lane[:, None] == 0, mean, 0.0), axis=0)
+    # The plain average, then its rounding error from the small differences that are left.
+    anchor = tl.sum(mean * weight[:, None], axis=0)
     spread = tl.where(count[:, None] > 0, mean - anchor[None, :], 0.0)
     shift = tl.sum(spread * weight[:, None], axis=0)
     spread -= shift[None, :]
@@ -106,7 +106,7 @@ def channel_stats_merge_kernel(
         count = tl.where(tile < last, count, 0).to(ACC)
         block = tl.sum(count, axis=0)
         if start == first:
-            mean = tl.sum(tl.where((tile == first)[:, None], tile_mean, 0.0), axis=0)
+            mean = tl.sum(tile_mean * (count / block)[:, None], axis=0)
         deviation = tl.where(mask, tile_mean - mean[None, :], 0.0)
         shift = tl.sum(deviation * count[:, None], axis=0) / block
         deviation -= shift[None, :]

@@ -288,16 +288,20 @@ def choose_conv(
     return "triton" if asked == "auto" else asked
 
 
+def tile_fits(name: str, dtype: torch.dtype, prologue: bool, capability: tuple[int, int]) -> bool:
+    """Whether a tile's registers suffice: the wide one has none left for anything more."""
+    return name != "wide" or (dtype.itemsize == 2 and not prologue and capability >= (9, 0))
+
+
 def choose_tile(rows: int, columns: int, input: Tensor, prologue: bool) -> str:
-    """The name of the largest tile that gives every multiprocessor a program and does not spill."""
+    """The name of the largest tile that fits and gives every multiprocessor a program."""
     enough = _multiprocessors(input.device)
 
     def programs(name: str) -> int:
         tile = CONV_TILES[name]
         return triton.cdiv(rows, tile.block_rows) * triton.cdiv(columns, tile.block_columns)
 
-    # sm_80's accumulators, 32-bit operands and the prologue leave no registers for the wide tile.
-    wide = input.dtype.itemsize == 2 and not prologue and _capability(input.device) >= (9, 0)
+    wide = tile_fits("wide", input.dtype, prologue, _capability(input.device))
     if wide and columns % 256 == 0 and programs("wide") >= 2 * enough:
         return "wide"
     if columns > 64 and programs("square") >= enough:
@@ -482,6 +486,7 @@ def conv_stats(
     channels_last, mean and variance ``(Co,)``. Raises RuntimeError where shapes do not fit.
     """
     op = "conv_stats"
+    require((in_mean is None) == (in_var is None), op, "in_mean and in_var must be given together")
     shape = _output_shape(op, input, weight, stride, padding, dilation, groups)
     prologue = vectors(
         op,

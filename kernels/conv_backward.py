@@ -83,7 +83,9 @@ def _apply(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor) -> 
 
 
 def _in_format_of(weight: Tensor, dweight: Tensor) -> Tensor:
-    return dweight.contiguous() if weight.is_contiguous() else channels_last(dweight)
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        return channels_last(dweight)
+    return dweight.contiguous()
 
 
 def conv_stats_backward(
@@ -124,7 +126,7 @@ def conv_stats_backward(
         in_weight=in_weight,
         in_bias=in_bias,
     )
-    parameter = torch.empty(0, dtype=parameter_dtype(z.dtype), device=z.device)
+    absent = [mean.new_empty(0, dtype=parameter_dtype(z.dtype)) for _ in range(4)]
     dconv = _apply(dz, z, mean, dmean, dvar)
     activation = input = channels_last(input)
     if in_mean is not None and needs_weight:
@@ -145,9 +147,9 @@ def conv_stats_backward(
     )
     dweight = _in_format_of(weight, dweight) if needs_weight else z.new_empty(0)
     if not needs_input:
-        return (z.new_empty(0), dweight, *(parameter,) * 4)
+        return (z.new_empty(0), dweight, *absent)
     if in_mean is None:
-        return (channels_last(dinput), dweight, *(parameter,) * 4)
+        return (channels_last(dinput), dweight, *absent)
     gradients = bn_add_relu_gradients(
         dinput,
         None,
@@ -165,11 +167,4 @@ def conv_stats_backward(
         True,
     )
     dinput, din_mean, din_var, din_weight, din_bias = gradients[:5]
-    return (
-        dinput,
-        dweight,
-        din_mean,
-        din_var,
-        din_weight,
-        din_bias if in_bias is not None else parameter,
-    )
+    return dinput, dweight, din_mean, din_var, din_weight, din_bias
