@@ -52,5 +52,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("bn_add_relu", TORCH_BOX(&cpu::bn_add_relu));
   m.impl("bn_add_relu_backward", TORCH_BOX(&cpu::bn_add_relu_backward));
 
+  m.impl("pack_conv_weight", TORCH_BOX(&cpu::pack_conv_weight));
+  m.impl("conv_bn_relu", TORCH_BOX(&cpu::conv_bn_relu));
+
+  m.impl("conv_stats", TORCH_BOX(&cpu::conv_stats));
   m.impl("conv_stats_backward", TORCH_BOX(&cpu::conv_stats_backward));
 }

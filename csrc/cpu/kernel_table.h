@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "conv_kernel.h"
+
 namespace fastres::cpu {
 
 // Storage formats. Loops compute in float, for double in double.
@@ -86,6 +88,11 @@ struct KernelTable {
   BnAddReluBackwardFn bn_add_relu_backward[kDTypes][kResiduals][2];
   BnAddReluBackwardFn prologue_backward[kDTypes];  // Mask::affine, Residual::none
   BnStatsBackwardFn bn_stats_backward[kDTypes];
+
+  int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
+  ConvBlockFn conv_block[kDTypes];  // none for float64
+  ConvPackFn conv_pack;
+  ChannelSumsFn channel_sums[kDTypes];
 };
 
 namespace baseline {

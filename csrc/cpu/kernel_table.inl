@@ -8,6 +8,7 @@
 #include "add_relu_kernel.inl"
 #include "bn_add_relu_kernel.inl"
 #include "conv_backward_kernel.inl"
+#include "conv_kernel.inl"
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -19,6 +20,7 @@ constexpr void set_entries(KernelTable& t, DType dtype) {
   t.add_relu_backward[d] = add_relu_backward<T>;
   t.prologue_backward[d] = bn_add_relu_backward<T, Residual::none, Mask::affine>;
   t.bn_stats_backward[d] = bn_stats_backward<T>;
+  t.channel_sums[d] = channel_sums<T>;
   auto set_residual = [&]<Residual R>() {
     const int r = static_cast<int>(R);
     t.bn_add_relu[d][r][false] = bn_add_relu<T, R, false>;
@@ -38,6 +40,12 @@ constexpr KernelTable make_table() {
   set_entries<bfloat16>(t, DType::bfloat16);
   set_entries<float16>(t, DType::float16);
   set_entries<double>(t, DType::float64);
+  t.conv_rows = kConvRows;
+  t.conv_columns = kConvColumns;
+  t.conv_block[static_cast<int>(DType::float32)] = conv_block<float>;
+  t.conv_block[static_cast<int>(DType::bfloat16)] = conv_block<bfloat16>;
+  t.conv_block[static_cast<int>(DType::float16)] = conv_block<float16>;
+  t.conv_pack = conv_pack;
   return t;
 }
 

@@ -30,6 +30,23 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
                      const OptionalTensor& residual_var, const OptionalTensor& residual_weight,
                      double residual_eps, bool relu);
 
+Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        int64_t groups);
+
+Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    const Tensor& running_mean, const Tensor& running_var,
+                    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+                    const OptionalTensor& residual, const std::vector<int64_t>& stride,
+                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                    int64_t groups, bool relu, const OptionalTensor& packed);
+
+std::tuple<Tensor, Tensor, Tensor> conv_stats(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& in_mean,
+    const OptionalTensor& in_var, const OptionalTensor& in_weight, const OptionalTensor& in_bias,
+    double in_eps, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
     const Tensor& dz, const Tensor& dmean, const Tensor& dvar, const Tensor& input,
     const Tensor& weight, const Tensor& z, const Tensor& mean, const OptionalTensor& in_mean,

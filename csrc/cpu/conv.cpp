@@ -1,0 +1,559 @@
+// Forward convolutions. Two algorithms compute them:
+//   packed  an implicit GEMM over packed weights in float32, its prologue, epilogue and statistics
+//           in the same pass (conv_kernel.inl)
+//   aten    torch's own convolution between passes of ours: for what `packed` does not do (groups,
+//           dilation, float64), and where torch's is the faster one
+// choose_algorithm() takes the first of them that does; the environment variable
+// FASTRES_CPU_ALGORITHM=packed|aten names one for every convolution that it can do.
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "channel_rows.h"
+#include "isa.h"
+#include "ops.h"
+#include "tensor_checks.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastres::cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+struct ConvShape {
+  int64_t n, ci, ih, iw, co, oh, ow, kh, kw;
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+
+  std::array<int64_t, 4> output() const { return {n, co, oh, ow}; }
+  int64_t pixels() const { return n * oh * ow; }
+  int64_t panels() const { return (co + kConvPanel - 1) / kConvPanel; }
+  int64_t packed_floats() const { return panels() * kConvPanel * ci * kh * kw; }
+};
+
+std::array<int64_t, 2> check_pair(const char* op, const char* name,
+                                  const std::vector<int64_t>& values, int64_t smallest) {
+  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  const bool valid = values.size() == 2 && std::min(values[0], values[1]) >= smallest &&
+                     std::max(values[0], values[1]) <= largest;
+  if (!valid) {
+    fail(op, name, " must be two integers >= ", smallest, ", got ",
+         shape_string({values.data(), values.size()}));
+  }
+  return {values[0], values[1]};
+}
+
+DType check_weight(const char* op, const Tensor& weight) {
+  return check_images(op, "weight", weight);
+}
+
+ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& weight,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups) {
+  check_images(op, "input", input);
+  check_weight(op, weight);
+  check_same_dtype(op, "weight", weight, "input", input);
+  ConvShape s{.n = input.size(0),
+              .ci = input.size(1),
+              .ih = input.size(2),
+              .iw = input.size(3),
+              .co = weight.size(0),
+              .oh = 0,
+              .ow = 0,
+              .kh = weight.size(2),
+              .kw = weight.size(3),
+              .stride = check_pair(op, "stride", stride, 1),
+              .padding = check_pair(op, "padding", padding, 0),
+              .dilation = check_pair(op, "dilation", dilation, 1),
+              .groups = groups};
+  if (groups < 1 || s.ci % groups != 0 || s.co % groups != 0) {
+    fail(op, "groups must divide ", s.ci, " input and ", s.co, " output channels, got ", groups);
+  }
+  if (weight.size(1) != s.ci / groups || s.kh < 1 || s.kw < 1) {
+    fail(op, "weight must be (C_out, C_in/groups, kh, kw) with C_in/groups = ", s.ci / groups,
+         ", got ", shape_string(weight));
+  }
+  const auto output_size = [&](int d, int64_t size, int64_t kernel) {
+    const int64_t reach = s.dilation[d] * (kernel - 1) + 1;
+    const int64_t padded = size + 2 * s.padding[d];
+    if (padded < reach) {
+      fail(op, "input must be at least ", reach, " pixels high and wide with its padding, got ",
+           shape_string(input));
+    }
+    return (padded - reach) / s.stride[d] + 1;
+  };
+  s.oh = output_size(0, s.ih, s.kh);
+  s.ow = output_size(1, s.iw, s.kw);
+  return s;
+}
+
+enum class Algorithm { packed, aten };
+
+// Whether the processor multiplies this 16-bit type natively, which torch's convolution uses.
+bool has_native_products(DType dtype) {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (dtype == DType::bfloat16) {
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;  // AVX512_BF16
+  }
+  if (dtype == DType::float16) {
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1) != 0;  // AVX512_FP16
+  }
+#endif
+  return false;
+}
+
+// Read at every call, a getenv among milliseconds, so that a test can change it.
+const char* algorithm_from_environment() {
+  const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
+  if (value == nullptr || *value == '\0') return nullptr;
+  if (std::string(value) != "packed" && std::string(value) != "aten") {
+    throw std::runtime_error(std::string("FASTRES_CPU_ALGORITHM must be packed or aten, got '") +
+                             value + "'");
+  }
+  return value;
+}
+
+Algorithm choose_algorithm(const ConvShape& s, DType dtype) {
+  const bool can_pack = s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
+                        dtype != DType::float64 && s.ci > 0 && s.co > 0;
+  if (!can_pack) return Algorithm::aten;
+  if (const char* name = algorithm_from_environment()) {
+    return std::string(name) == "packed" ? Algorithm::packed : Algorithm::aten;
+  }
+  static const bool native[kDTypes] = {false, has_native_products(DType::bfloat16),
+                                       has_native_products(DType::float16), false};
+  if (native[static_cast<int>(dtype)]) return Algorithm::aten;
+#if defined(__x86_64__)
+  // torch's own kernels use what the machine has; without FMA ours have no edge.
+  if (current_isa() == Isa::baseline) return Algorithm::aten;
+#endif
+  return Algorithm::packed;
+}
+
+struct AlignedDelete {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <typename T>
+using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
+template <typename T>
+AlignedArray<T> aligned_array(int64_t size) {
+  return AlignedArray<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
+}
+
+// Rounded to float and padded with zeros to whole panels, so that vectors can be loaded anywhere.
+AlignedArray<float> padded_vector(const std::vector<double>& values) {
+  const int64_t channels = static_cast<int64_t>(values.size());
+  const int64_t size = (channels + kConvPanel - 1) / kConvPanel * kConvPanel;
+  AlignedArray<float> out = aligned_array<float>(size);
+  for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(values[c]);
+  std::fill(out.get() + channels, out.get() + size, 0.0f);
+  return out;
+}
+
+void pack(const Tensor& weight, const ConvShape& s, float* packed) {
+  const ConvWeight w{.data = static_cast<const float*>(weight.const_data_ptr()),
+                     .stride_o = weight.stride(0),
+                     .stride_i = weight.stride(1),
+                     .stride_h = weight.stride(2),
+                     .stride_w = weight.stride(3),
+                     .co = s.co,
+                     .ci = s.ci,
+                     .kh = s.kh,
+                     .kw = s.kw};
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * s.ci * s.kh * s.kw));
+  parallel_for(0, s.panels(), grain,
+               [&](int64_t begin, int64_t end) { kernels().conv_pack(w, packed, begin, end); });
+}
+
+// How a convolution is cut into blocks of pixels and groups of output channels.
+struct Plan {
+  int64_t image_blocks, row_blocks, column_blocks;  // over n, oh, ow
+  int64_t channel_groups;
+
+  int64_t pixel_blocks() const { return image_blocks * row_blocks * column_blocks; }
+};
+
+// A block's float rows, where it copies them, and its pixels' pointers stay within these, or are
+// what one register tile needs: kh rows of kConvRows pixels.
+constexpr int64_t kBlockBytes = 256 * 1024;
+constexpr int64_t kBlockPixels = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan make_plan(const ConvShape& s, const KernelTable& table, int64_t threads) {
+  // Channel groups read the input once more each, pixel blocks the weights: with few pixels and
+  // large weights, threads take channels. Costs in multiply-adds of one vector.
+  const int64_t depth = s.ci * s.kh * s.kw;
+  const int64_t column_groups = ceil_div(s.co, table.conv_columns);
+  const double lanes = table.vector_bytes / 4.0;
+  Plan best{};
+  double best_cost = std::numeric_limits<double>::infinity();
+  int64_t best_chunks = 1;
+  for (int64_t groups = 1; groups <= std::min(threads, column_groups); ++groups) {
+    const int64_t chunks = ceil_div(threads, groups);
+    const double tiles = ceil_div(ceil_div(s.pixels(), chunks), table.conv_rows);
+    const double columns = ceil_div(column_groups, groups);
+    const double compute = tiles * table.conv_rows * columns * (table.conv_columns / lanes) * depth;
+    const double weights = static_cast<double>(s.packed_floats()) / groups;
+    const double inputs = static_cast<double>(s.n * s.ih * s.iw * s.ci) / chunks;
+    const double cost = compute + weights + inputs;
+    if (cost < best_cost) {
+      best_cost = cost;
+      best_chunks = chunks;
+      best.channel_groups = groups;
+    }
+  }
+  const int64_t pixel_bytes = s.ci * 4 * std::min(s.stride[0], s.kh) * std::min(s.stride[1], s.kw);
+  const int64_t target =
+      std::clamp<int64_t>(kBlockBytes / pixel_bytes, 8 * table.conv_rows, kBlockPixels);
+  // The smallest number of blocks >= `blocks` that divides evenly among the chunks, if <= most.
+  const auto balanced = [&](int64_t others, int64_t blocks, int64_t most) {
+    int64_t count = blocks;
+    while (count < most && others * count % best_chunks != 0) ++count;
+    return others * count % best_chunks == 0 ? count : std::min(std::max(blocks, count), most);
+  };
+  best.image_blocks = best.row_blocks = best.column_blocks = 1;
+  const int64_t image_pixels = s.oh * s.ow;
+  if (image_pixels <= target && s.n >= best_chunks) {
+    best.image_blocks = balanced(1, ceil_div(s.n * image_pixels, target), s.n);
+    return best;
+  }
+  best.image_blocks = s.n;
+  if (s.ow <= target) {
+    const int64_t rows = std::max<int64_t>(1, target / s.ow);
+    best.row_blocks = balanced(s.n, ceil_div(s.oh, rows), s.oh);
+    if (s.oh > 1 || s.n * best.row_blocks >= best_chunks) return best;
+  } else {
+    best.row_blocks = s.oh;
+  }
+  best.column_blocks = balanced(s.n * best.row_blocks, ceil_div(s.ow, target),
+                                std::max<int64_t>(ceil_div(s.ow, table.conv_rows), 1));
+  return best;
+}
+
+// Runs the packed algorithm; returns (kConvSums, whole panels) of z where asked for.
+std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool statistics) {
+  const KernelTable& table = kernels();
+  if (s.kh == 1 && s.kw == 1 && s.padding[0] == 0 && s.padding[1] == 0) {
+    // Rows and columns that the stride leaves out need not be looked at.
+    args.input_stride_h *= s.stride[0];
+    args.input_stride_w *= s.stride[1];
+    s.stride = {1, 1};
+    s.ih = s.oh;
+    s.iw = s.ow;
+    const bool dense = args.input_stride_h == s.iw * args.input_stride_w &&
+                       args.input_stride_n == s.ih * args.input_stride_h;
+    if (dense) {
+      s.iw = s.ow = s.pixels();
+      s.n = s.ih = s.oh = 1;
+    }
+  }
+  args.ih = s.ih;
+  args.iw = s.iw;
+  args.ci = s.ci;
+  args.oh = s.oh;
+  args.ow = s.ow;
+  args.co = s.co;
+  args.kh = s.kh;
+  args.kw = s.kw;
+  args.stride_h = s.stride[0];
+  args.stride_w = s.stride[1];
+  args.pad_h = s.padding[0];
+  args.pad_w = s.padding[1];
+  args.window = dtype != DType::float32 || args.in_mean != nullptr || s.padding[0] != 0 ||
+                s.padding[1] != 0 || (s.kw != 1 && args.input_stride_w != s.ci);
+
+  const Plan plan = make_plan(s, table, torch::stable::get_num_threads());
+  const auto cut = [](int64_t size, int64_t i, int64_t count) { return size * i / count; };
+  const int64_t images = ceil_div(s.n, plan.image_blocks);
+  const int64_t rows = ceil_div(s.oh, plan.row_blocks);
+  const int64_t columns = ceil_div(s.ow, plan.column_blocks);
+  const int64_t window =
+      images * ((rows - 1) * s.stride[0] + s.kh) * ((columns - 1) * s.stride[1] + s.kw) * s.ci;
+  const int64_t plane = s.panels() * kConvPanel;
+  const int64_t sums_of_block = statistics ? kConvSums * plane : 0;
+  std::vector<double> sums(plan.pixel_blocks() * sums_of_block);
+  // Cut at pairs of panels where a register tile holds two.
+  const int64_t step = std::max<int64_t>(1, table.conv_columns / kConvPanel);
+  const int64_t steps = ceil_div(s.panels(), step);
+
+  // Blocks of one channel group follow each other: their weights stay in the cache.
+  const int64_t tasks = plan.channel_groups * plan.pixel_blocks();
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const auto row_pointers = aligned_array<const float*>(images * rows * columns);
+    const auto offsets = aligned_array<int64_t>(images * rows * columns);
+    const auto window_floats = aligned_array<float>(args.window ? window : 0);
+    const ConvScratch scratch{row_pointers.get(), offsets.get(), window_floats.get()};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / plan.pixel_blocks();
+      const int64_t block = task % plan.pixel_blocks();
+      const int64_t w = block % plan.column_blocks;
+      const int64_t h = block / plan.column_blocks % plan.row_blocks;
+      const int64_t n = block / plan.column_blocks / plan.row_blocks;
+      const ConvBlock part{
+          .n0 = cut(s.n, n, plan.image_blocks),
+          .n1 = cut(s.n, n + 1, plan.image_blocks),
+          .h0 = cut(s.oh, h, plan.row_blocks),
+          .h1 = cut(s.oh, h + 1, plan.row_blocks),
+          .w0 = cut(s.ow, w, plan.column_blocks),
+          .w1 = cut(s.ow, w + 1, plan.column_blocks),
+          .panel0 = cut(steps, group, plan.channel_groups) * step,
+          .panel1 = std::min(cut(steps, group + 1, plan.channel_groups) * step, s.panels())};
+      table.conv_block[static_cast<int>(dtype)](
+          args, part, scratch, statistics ? sums.data() + block * sums_of_block : nullptr);
+    }
+  });
+  if (!statistics) return {};
+  // In the order of the blocks, whichever thread made them.
+  for (int64_t block = 1; block < plan.pixel_blocks(); ++block) {
+    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[block * sums_of_block + i];
+  }
+  sums.resize(sums_of_block);
+  return sums;
+}
+
+// `input` itself where pixels hold their channels next to each other, as slices of channels_last
+// images do.
+Tensor with_dense_channels(const Tensor& input) {
+  if (input.size(1) == 1 || input.stride(1) == 1) return input;
+  return as_channels_last(input);
+}
+
+// What both ops give to the packed algorithm. Keeps alive what args points to.
+struct PackedConv {
+  Tensor input;
+  AlignedArray<float> weight;
+  ConvArgs args{};
+
+  PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& packed,
+             const ConvShape& s)
+      : input(with_dense_channels(input_)) {
+    if (packed.has_value() && packed->numel() == s.packed_floats()) {
+      args.weight = static_cast<const float*>(packed->const_data_ptr());
+    } else {
+      weight = aligned_array<float>(s.packed_floats());
+      const bool is_float = weight_.scalar_type() == ScalarType::Float;
+      pack(is_float ? weight_ : torch::stable::to(weight_, ScalarType::Float), s, weight.get());
+      args.weight = weight.get();
+    }
+    args.input = input.const_data_ptr();
+    args.input_stride_n = input.stride(0);
+    args.input_stride_h = input.stride(2);
+    args.input_stride_w = input.stride(3);
+  }
+};
+
+Tensor aten_convolution(const Tensor& input, const Tensor& weight, const ConvShape& s) {
+  using Ints = std::vector<int64_t>;
+  const auto ints = [](const std::array<int64_t, 2>& pair) {
+    return Ints(pair.begin(), pair.end());
+  };
+  return as_channels_last(call_aten<Tensor>("aten::convolution", "", input, weight,
+                                            OptionalTensor(), ints(s.stride), ints(s.padding),
+                                            ints(s.dilation), false, Ints{0, 0}, s.groups));
+}
+
+// relu?((z - mean) * scale + shift [+ residual]) into y, which may be z.
+void apply_bn(const Tensor& z, const OptionalTensor& residual, const Tensor& y, DType dtype,
+              const std::vector<double>& mean, const std::vector<double>& scale,
+              const std::vector<double>& shift, bool relu) {
+  const ChannelRows rows(z, dtype);
+  if (rows.numel == 0) return;
+  const TiledVector tiled_mean(rows, mean), tiled_scale(rows, scale), tiled_shift(rows, shift);
+  BnAddReluArgs args{};
+  args.z = z.const_data_ptr();
+  args.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
+  args.y = y.mutable_data_ptr();
+  args.mean = tiled_mean.data();
+  args.scale = tiled_scale.data();
+  args.bias = tiled_shift.data();
+  args.period = rows.period;
+  const Residual shortcut = residual.has_value() ? Residual::plain : Residual::none;
+  const auto kernel =
+      kernels().bn_add_relu[static_cast<int>(dtype)][static_cast<int>(shortcut)][relu];
+  rows.parallel_for([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// (kConvSums, channels) of channels_last z, the same for every number of threads.
+std::vector<double> sums_of(const Tensor& z, DType dtype) {
+  const int64_t channels = z.size(1);
+  const int64_t rows = z.size(0) * z.size(2) * z.size(3);
+  const int64_t block = std::max<int64_t>(kGrainElements / std::max<int64_t>(channels, 1), 64);
+  const int64_t blocks = ceil_div(rows, block);
+  const int64_t sums_of_block = kConvSums * channels;
+  std::vector<double> sums(std::max<int64_t>(blocks, 1) * sums_of_block);
+  const char* data = static_cast<const char*>(z.const_data_ptr());
+  const int64_t row_bytes = channels * static_cast<int64_t>(z.element_size());
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      kernels().channel_sums[static_cast<int>(dtype)](data + b * block * row_bytes,
+                                                      std::min(block, rows - b * block), channels,
+                                                      sums.data() + b * sums_of_block);
+    }
+  });
+  for (int64_t b = 1; b < blocks; ++b) {
+    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[b * sums_of_block + i];
+  }
+  sums.resize(sums_of_block);
+  return sums;
+}
+
+}  // namespace
+
+Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        int64_t groups) {
+  const char* op = "pack_conv_weight";
+  const DType dtype = check_weight(op, weight);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  const std::array<int64_t, 2> dilations = check_pair(op, "dilation", dilation, 1);
+  if (groups < 1) fail(op, "groups must be >= 1, got ", groups);
+  ConvShape s{};
+  s.co = weight.size(0);
+  s.ci = weight.size(1);
+  s.kh = weight.size(2);
+  s.kw = weight.size(3);
+  const bool useful =
+      dtype == DType::float32 && groups == 1 && dilations == std::array<int64_t, 2>{1, 1};
+  Tensor packed = empty_vector(useful ? s.packed_floats() : 0, weight.scalar_type());
+  if (packed.numel() > 0) pack(weight, s, static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    const Tensor& running_mean, const Tensor& running_var,
+                    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+                    const OptionalTensor& residual, const std::vector<int64_t>& stride,
+                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                    int64_t groups, bool relu, const OptionalTensor& packed) {
+  const char* op = "conv_bn_relu";
+  const ConvShape s = check_convolution(op, input, weight, stride, padding, dilation, groups);
+  const DType dtype = check_dtype(op, "input", input);
+  const ScalarType type = input.scalar_type();
+  const auto vector = [&](const char* name, const auto& t) {
+    return check_channel_vector(op, name, t, s.co, type);
+  };
+  const BatchNorm bn(vector("running_mean", running_mean), vector("running_var", running_var),
+                     vector("bn_weight", bn_weight), vector("bn_bias", bn_bias), eps);
+  const std::vector<double> bias_values = channel_values(vector("bias", bias), s.co, 0.0);
+  if (packed.has_value()) {
+    check_cpu(op, "packed", *packed);
+    if (packed->dim() != 1 || packed->scalar_type() != ScalarType::Float ||
+        !packed->is_contiguous()) {
+      fail(op, "packed must be a contiguous float32 vector, got ",
+           dtype_string(packed->scalar_type()), " of shape ", shape_string(*packed));
+    }
+  }
+  const std::array<int64_t, 4> output = s.output();
+  OptionalTensor residual_rows;
+  if (residual.has_value()) {
+    check_images(op, "residual", *residual);
+    check_same_dtype(op, "residual", *residual, "input", input);
+    for (int d = 0; d < 4; ++d) {
+      if (residual->size(d) != output[d]) {
+        fail(op, "residual must be of shape ", shape_string(output), ", got ",
+             shape_string(*residual));
+      }
+    }
+    residual_rows = as_channels_last(*residual);
+  }
+
+  if (s.pixels() == 0) return empty_channels_last(output, type);
+  if (choose_algorithm(s, dtype) == Algorithm::aten) {
+    const Tensor z = aten_convolution(input, weight, s);
+    std::vector<double> mean = bn.mean;
+    for (int64_t c = 0; c < s.co; ++c) mean[c] -= bias_values[c];
+    apply_bn(z, residual_rows, z, dtype, mean, bn.scale, bn.bias, relu);
+    return z;
+  }
+  std::vector<double> shift = bn.bias;
+  for (int64_t c = 0; c < s.co; ++c) shift[c] += (bias_values[c] - bn.mean[c]) * bn.scale[c];
+  const AlignedArray<float> scale_floats = padded_vector(bn.scale);
+  const AlignedArray<float> shift_floats = padded_vector(shift);
+  Tensor y = empty_channels_last(output, type);
+  PackedConv conv(input, weight, packed, s);
+  conv.args.output = y.mutable_data_ptr();
+  conv.args.scale = scale_floats.get();
+  conv.args.shift = shift_floats.get();
+  conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
+  conv.args.relu = relu;
+  run_packed(conv.args, s, dtype, false);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_stats(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& in_mean,
+    const OptionalTensor& in_var, const OptionalTensor& in_weight, const OptionalTensor& in_bias,
+    double in_eps, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups) {
+  const char* op = "conv_stats";
+  const ConvShape s = check_convolution(op, input, weight, stride, padding, dilation, groups);
+  const DType dtype = check_dtype(op, "input", input);
+  const ScalarType type = input.scalar_type();
+  std::optional<BatchNorm> prologue;
+  if (in_mean.has_value() != in_var.has_value()) {
+    fail(op, in_mean.has_value() ? "in_var" : "in_mean", " must be given where ",
+         in_mean.has_value() ? "in_mean" : "in_var", " is, got None");
+  }
+  if (!in_mean.has_value() && (in_weight.has_value() || in_bias.has_value())) {
+    fail(op, "in_mean must be given where in_weight or in_bias is, got None");
+  }
+  if (in_mean.has_value()) {
+    const auto vector = [&](const char* name, const auto& t) {
+      return check_channel_vector(op, name, t, s.ci, type);
+    };
+    prologue.emplace(vector("in_mean", *in_mean), vector("in_var", *in_var),
+                     vector("in_weight", in_weight), vector("in_bias", in_bias), in_eps);
+  }
+
+  std::vector<double> mean(s.co, 0.0), variance(s.co, 0.0);
+  const int64_t n = s.pixels();
+  if (n == 0 || s.co == 0) {
+    return {empty_channels_last(s.output(), type), to_channel_vector(mean, type),
+            to_channel_vector(variance, type)};
+  }
+  std::vector<double> sums;
+  Tensor z;
+  if (choose_algorithm(s, dtype) == Algorithm::aten) {
+    Tensor a = input;
+    if (prologue.has_value()) {
+      const Tensor rows = as_channels_last(input);
+      a = empty_channels_last(input.sizes(), type);
+      apply_bn(rows, std::nullopt, a, dtype, prologue->mean, prologue->scale, prologue->bias, true);
+    }
+    z = aten_convolution(a, weight, s);
+    sums = sums_of(z, dtype);
+  } else {
+    z = empty_channels_last(s.output(), type);
+    PackedConv conv(input, weight, std::nullopt, s);
+    AlignedArray<float> mean_floats, scale_floats, bias_floats;
+    if (prologue.has_value()) {
+      mean_floats = padded_vector(prologue->mean);
+      scale_floats = padded_vector(prologue->scale);
+      bias_floats = padded_vector(prologue->bias);
+      conv.args.in_mean = mean_floats.get();
+      conv.args.in_scale = scale_floats.get();
+      conv.args.in_bias = bias_floats.get();
+    }
+    conv.args.output = z.mutable_data_ptr();
+    sums = run_packed(conv.args, s, dtype, true);
+  }
+  const int64_t plane = static_cast<int64_t>(sums.size()) / kConvSums;
+  for (int64_t c = 0; c < s.co; ++c) {
+    const double total = sums[c];
+    mean[c] = total / static_cast<double>(n);
+    const double deviations = sums[plane + c] + sums[2 * plane + c] - total * mean[c];
+    // Not std::max: a NaN must stay one.
+    variance[c] = deviations < 0.0 ? 0.0 : deviations / static_cast<double>(n);
+  }
+  return {z, to_channel_vector(mean, type), to_channel_vector(variance, type)};
+}
+
+}  // namespace fastres::cpu

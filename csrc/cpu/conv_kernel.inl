@@ -1,0 +1,310 @@
+// Convolution as an implicit GEMM: a register tile of kConvRows output pixels by kConvVecs vectors
+// of output channels, its left operand read through one pointer a pixel.
+
+namespace fastres::cpu::FASTRES_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kConvRows = 12;
+#elif defined(__AVX2__)
+inline constexpr int kConvRows = 6;
+#elif defined(__aarch64__)
+inline constexpr int kConvRows = 12;
+#else
+inline constexpr int kConvRows = 4;
+#endif
+inline constexpr int kConvVecs = 2;
+inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
+
+// Sums over `segments` stretches of the row pointers, `length` floats each and `jump` apart.
+struct ConvDepth {
+  int64_t segments, length, jump;
+};
+
+// tile[m][v] = sum over k of rows[m][k] * weight[v * vec_stride + 16 * k].
+template <int M, int V>
+__attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth depth,
+                                         const float* weight, int64_t vec_stride, float* tile) {
+  Floats sums[M][V] = {};
+  for (int64_t segment = 0; segment < depth.segments; ++segment) {
+    const float* a[M];
+    for (int m = 0; m < M; ++m) a[m] = rows[m] + segment * depth.jump;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth.length; ++k) {
+      Floats b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) b[v] = load(weight + v * vec_stride);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Floats x = splat(a[m][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[m][v] += x * b[v];
+      }
+      weight += kConvPanel;
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) store(tile + (m * kConvVecs + v) * kFloatLanes, sums[m][v]);
+  }
+}
+
+using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, float*);
+
+template <int V, int... M>
+struct ConvTiles {
+  static constexpr ConvTileFn table[] = {nullptr, conv_tile<M, V>...};
+};
+
+template <int V>
+FASTRES_INLINE ConvTileFn conv_tile_of(int rows) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  return ConvTiles<V, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>::table[rows];
+#elif defined(__AVX2__)
+  return ConvTiles<V, 1, 2, 3, 4, 5, 6>::table[rows];
+#else
+  return ConvTiles<V, 1, 2, 3, 4>::table[rows];
+#endif
+}
+
+// Stores vector v of each row of a tile, `count` <= lanes channels of it, after the epilogue.
+template <typename T>
+FASTRES_INLINE void conv_store_tile(const ConvArgs& args, const float* tile, int rows,
+                                    const int64_t* offsets, int64_t channel, int count) {
+  const bool affine = args.scale != nullptr;
+  const Floats scale = affine ? load(args.scale + channel) : Floats{};
+  const Floats shift = affine ? load(args.shift + channel) : Floats{};
+  T* output = static_cast<T*>(args.output) + channel;
+  const T* residual =
+      args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + channel;
+  for (int m = 0; m < rows; ++m) {
+    Floats y = load(tile + m * kConvColumns);
+    if (affine) y = y * scale + shift;
+    if (residual != nullptr) {
+      y += count == kFloatLanes ? load(residual + offsets[m])
+                                : load_partial(residual + offsets[m], count);
+    }
+    if (args.relu) y = relu(y);
+    if (count == kFloatLanes) {
+      store(output + offsets[m], y);
+    } else {
+      store_partial(output + offsets[m], y, count);
+    }
+  }
+}
+
+// Half h of a vector, as doubles.
+FASTRES_INLINE Doubles to_doubles(Floats x, int h) {
+  typedef float Half __attribute__((vector_size(kVecBytes / 2)));
+  Half half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&x) + h * sizeof(half), sizeof(half));
+  return __builtin_convertvector(half, Doubles);
+}
+
+// Adds the sums of `rows` vectors, `stride` floats apart, to sums[0], sums[plane], sums[2 * plane].
+FASTRES_INLINE void conv_add_sums(const float* tile, int rows, int64_t stride, double* sums,
+                                  int64_t plane) {
+  Floats sum = load(tile);
+  for (int m = 1; m < rows; ++m) sum += load(tile + m * stride);
+  const Floats mean = sum * (1.0f / static_cast<float>(rows));
+  Floats squares = {};
+  for (int m = 0; m < rows; ++m) {
+    const Floats d = load(tile + m * stride) - mean;
+    squares += d * d;
+  }
+  // mean is not exactly sum / rows, so that sum * mean comes with what it leaves of the squares.
+  for (int h = 0; h < 2; ++h) {
+    double* p = sums + h * kDoubleLanes;
+    const Doubles s = to_doubles(sum, h), q = to_doubles(mean, h);
+    store(p, load(p) + s);
+    store(p + plane, load(p + plane) + q * (2.0 * s - static_cast<double>(rows) * q));
+    store(p + 2 * plane, load(p + 2 * plane) + to_doubles(squares, h));
+  }
+}
+
+// `count` consecutive channels after the prologue, as floats.
+template <typename T>
+FASTRES_INLINE void conv_load(const T* in, int64_t count, const ConvArgs& args, float* out) {
+  const bool prologue = args.in_mean != nullptr;
+  int64_t c = 0;
+  for (; c + kFloatLanes <= count; c += kFloatLanes) {
+    Floats x = load(in + c);
+    if (prologue) {
+      x = relu((x - load(args.in_mean + c)) * load(args.in_scale + c) + load(args.in_bias + c));
+    }
+    store(out + c, x);
+  }
+  if (c < count) {
+    const int rest = static_cast<int>(count - c);
+    Floats x = load_partial(in + c, rest);
+    if (prologue) {
+      x = relu((x - load(args.in_mean + c)) * load(args.in_scale + c) + load(args.in_bias + c));
+    }
+    store_partial(out + c, x, rest);
+  }
+}
+
+FASTRES_INLINE void conv_zero(float* out, int64_t count) {
+  if (count > 0) __builtin_memset(out, 0, count * sizeof(float));
+}
+
+// Copies input rows [h0, h0 + height) and columns [w0, w0 + width) of image n; both may reach into
+// the padding, which becomes zeros.
+template <typename T>
+void conv_fill_window(const ConvArgs& args, int64_t n, int64_t h0, int64_t height, int64_t w0,
+                      int64_t width, float* window) {
+  const int64_t left = min(max<int64_t>(-w0, 0), width);
+  const int64_t right = max(left, min(width, args.iw - w0));
+  for (int64_t r = 0; r < height; ++r, window += width * args.ci) {
+    const int64_t h = h0 + r;
+    if (h < 0 || h >= args.ih) {
+      conv_zero(window, width * args.ci);
+      continue;
+    }
+    const T* row = static_cast<const T*>(args.input) + n * args.input_stride_n +
+                   h * args.input_stride_h + w0 * args.input_stride_w;
+    conv_zero(window, left * args.ci);
+    if (args.in_mean == nullptr && args.input_stride_w == args.ci) {
+      conv_load(row + left * args.ci, (right - left) * args.ci, args, window + left * args.ci);
+    } else {
+      for (int64_t w = left; w < right; ++w) {
+        conv_load(row + w * args.input_stride_w, args.ci, args, window + w * args.ci);
+      }
+    }
+    conv_zero(window + right * args.ci, (width - right) * args.ci);
+  }
+}
+
+template <typename T>
+void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch& scratch,
+                double* sums) {
+  // The input that the block's first pixel starts at, and strides from there.
+  const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
+  const int64_t w0 = block.w0 * args.stride_w - args.pad_w;
+  const float* base;
+  int64_t stride_n, stride_h, stride_w;
+  if (args.window) {
+    const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
+    const int64_t width = (block.w1 - block.w0 - 1) * args.stride_w + args.kw;
+    stride_w = args.ci;
+    stride_h = width * stride_w;
+    stride_n = height * stride_h;
+    for (int64_t n = block.n0; n < block.n1; ++n) {
+      conv_fill_window<T>(args, n, h0, height, w0, width,
+                          scratch.window + (n - block.n0) * stride_n);
+    }
+    base = scratch.window;
+  } else {
+    stride_n = args.input_stride_n;
+    stride_h = args.input_stride_h;
+    stride_w = args.input_stride_w;
+    base =
+        static_cast<const float*>(args.input) + block.n0 * stride_n + h0 * stride_h + w0 * stride_w;
+  }
+  int64_t pixels = 0;
+  for (int64_t n = block.n0; n < block.n1; ++n) {
+    for (int64_t h = block.h0; h < block.h1; ++h) {
+      for (int64_t w = block.w0; w < block.w1; ++w, ++pixels) {
+        scratch.rows[pixels] = base + (n - block.n0) * stride_n +
+                               (h - block.h0) * args.stride_h * stride_h +
+                               (w - block.w0) * args.stride_w * stride_w;
+        scratch.offsets[pixels] = ((n * args.oh + h) * args.ow + w) * args.co;
+      }
+    }
+  }
+
+  const ConvDepth depth = {args.kh, args.kw * args.ci, stride_h};
+  const int64_t panel_floats = args.kh * args.kw * args.ci * kConvPanel;
+  const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
+  // A panel holds several vectors, or (AVX-512) a vector is a panel.
+  const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
+  const int64_t tiles = (pixels + kConvRows - 1) / kConvRows;
+  const int64_t end = min(block.panel1 * kConvPanel, args.co);
+  alignas(64) float tile[kConvRows * kConvColumns];
+  for (int64_t c = block.panel0 * kConvPanel; c < end; c += kConvColumns) {
+    const int vecs =
+        static_cast<int>(min<int64_t>(kConvVecs, (end - c + kFloatLanes - 1) / kFloatLanes));
+    const float* weight = args.weight + c / kConvPanel * panel_floats + c % kConvPanel;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * pixels / tiles;
+      const int rows = static_cast<int>((t + 1) * pixels / tiles - first);
+      const ConvTileFn compute =
+          vecs == kConvVecs ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
+      compute(scratch.rows + first, depth, weight, vec_stride, tile);
+      for (int v = 0; v < vecs; ++v) {
+        const int64_t channel = c + v * kFloatLanes;
+        const int count = static_cast<int>(min<int64_t>(kFloatLanes, end - channel));
+        const float* column = tile + v * kFloatLanes;
+        conv_store_tile<T>(args, column, rows, scratch.offsets + first, channel, count);
+        if (sums != nullptr) conv_add_sums(column, rows, kConvColumns, sums + channel, plane);
+      }
+    }
+  }
+}
+
+inline void conv_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
+  constexpr int64_t kBlock = 16;  // input channels whose rows stay in L1 over the kernel's taps
+  const int64_t taps = w.kh * w.kw;
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    float* out = packed + panel * taps * w.ci * kConvPanel;
+    const float* in = w.data + panel * kConvPanel * w.stride_o;
+    const int count = static_cast<int>(min<int64_t>(kConvPanel, w.co - panel * kConvPanel));
+    for (int64_t i0 = 0; i0 < w.ci; i0 += kBlock) {
+      const int64_t i1 = min(i0 + kBlock, w.ci);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const float* source = in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w;
+        for (int64_t i = i0; i < i1; ++i) {
+          float* to = out + (tap * w.ci + i) * kConvPanel;
+          for (int o = 0; o < count; ++o) to[o] = source[i * w.stride_i + o * w.stride_o];
+          for (int o = count; o < kConvPanel; ++o) to[o] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void channel_sums(const void* z, int64_t rows, int64_t channels, double* sums) {
+  constexpr int kTile = 16;
+  constexpr int lanes = kFloatLanes;
+  const T* data = static_cast<const T*>(z);
+  alignas(64) float tile[kTile * lanes];
+  for (int64_t r = 0; r < rows; r += kTile) {
+    const int count = static_cast<int>(min<int64_t>(kTile, rows - r));
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int width = static_cast<int>(min<int64_t>(lanes, channels - c));
+      for (int m = 0; m < count; ++m) {
+        const T* p = data + (r + m) * channels + c;
+        store(tile + m * lanes, width == lanes ? load(p) : load_partial(p, width));
+      }
+      alignas(64) double part[kConvSums * lanes] = {};
+      conv_add_sums(tile, count, lanes, part, lanes);
+      for (int s = 0; s < kConvSums; ++s) {
+        for (int i = 0; i < width; ++i) sums[s * channels + c + i] += part[s * lanes + i];
+      }
+    }
+  }
+}
+
+// Rows in tiles whose deviations are taken from their own mean, as in float.
+template <>
+void channel_sums<double>(const void* z, int64_t rows, int64_t channels, double* sums) {
+  constexpr int64_t kTile = 64;
+  const double* data = static_cast<const double*>(z);
+  for (int64_t r = 0; r < rows; r += kTile) {
+    const int64_t count = min(kTile, rows - r);
+    const double* tile = data + r * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0.0, squares = 0.0;
+      for (int64_t m = 0; m < count; ++m) sum += tile[m * channels + c];
+      const double mean = sum / static_cast<double>(count);
+      for (int64_t m = 0; m < count; ++m) {
+        const double d = tile[m * channels + c] - mean;
+        squares += d * d;
+      }
+      sums[c] += sum;
+      sums[channels + c] += sum * mean;
+      sums[2 * channels + c] += squares;
+    }
+  }
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA
