@@ -1,0 +1,362 @@
+"""The CPU kernels of conv_bn_relu, conv_stats and pack_conv_weight, each algorithm and ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import ODD_CONVS, RESNET_CONVS, Conv
+from tolerances import assert_within_twice, relative_error
+from torch import Tensor
+
+import fastres  # noqa: F401 (registers the ops)
+from fastres import _C
+from fastres.ops import conv_bn_relu, conv_stats, pack_conv_weight, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL_RESNET_CONVS = tuple(
+    case.at(min(case.size, 30 if case.kernel == 7 else 14)) for case in RESNET_CONVS
+)
+# Set where this module runs once more, in a process of its own, on a lower instruction set.
+CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
+
+
+@pytest.fixture(params=["packed", "aten"])
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
+    return request.param
+
+
+@pytest.fixture
+def packed_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "packed")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, so that an element that nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Problem:
+    """The arguments of both ops for one convolution; V's in the parameter dtype."""
+
+    def __init__(self, case: Conv, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.dtype = dtype
+        self.geometry = ([case.stride] * 2, [case.padding] * 2, [1, 1])
+        fan_in = case.c_in * case.kernel**2
+        self.input = self.images(normal(case.n, case.c_in, case.size, case.size))
+        weight = normal(case.c_out, case.c_in, case.kernel, case.kernel) * (2 / fan_in) ** 0.5
+        self.weight = weight.to(dtype)
+        vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.bias, self.mean, self.bn_weight, self.bn_bias = normal(4, case.c_out).to(vector_dtype)
+        self.var = normal(case.c_out).square().add(0.5).to(vector_dtype)
+        self.in_mean, self.in_weight, self.in_bias = normal(3, case.c_in).to(vector_dtype)
+        self.in_var = normal(case.c_in).square().add(0.5).to(vector_dtype)
+        self.residual = self.images(normal(case.n, case.c_out, case.out, case.out))
+
+    def images(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def inference(self, op: Callable[..., Tensor], convert: Callable, residual: bool, **kwargs):
+        args = [self.input, self.weight, self.bias, self.mean, self.var, self.bn_weight]
+        args.append(self.bn_bias)
+        converted = [convert(x) for x in args]
+        shortcut = convert(self.residual) if residual else None
+        kwargs.setdefault("packed", None)
+        return op(*converted, 1e-5, shortcut, *self.geometry, 1, kwargs.pop("relu", True), **kwargs)
+
+    def training(self, op: Callable[..., tuple], convert: Callable, prologue: bool):
+        vectors = [self.in_mean, self.in_var, self.in_weight, self.in_bias]
+        converted = [convert(x) if prologue else None for x in vectors]
+        return op(convert(self.input), convert(self.weight), *converted, 1e-5, *self.geometry, 1)
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double()
+
+
+def check_inference(problem: Problem, residual: bool, **kwargs) -> None:
+    actual = problem.inference(conv_bn_relu, same, residual, **kwargs)
+    kwargs.pop("packed", None)
+    exact = problem.inference(reference.conv_bn_relu, double, residual, **kwargs)
+    theirs = problem.inference(reference.conv_bn_relu, same, residual, **kwargs)
+    assert actual.dtype == problem.dtype
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert_within_twice(actual, theirs, exact, "conv_bn_relu")
+
+
+def check_training(problem: Problem, prologue: bool) -> None:
+    actual = problem.training(conv_stats, same, prologue)
+    exact = problem.training(reference.conv_stats, double, prologue)
+    theirs = problem.training(reference.conv_stats, same, prologue)
+    assert actual[0].dtype == problem.dtype
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    for name, a, t, e in zip(("z", "mean", "var"), actual, theirs, exact, strict=True):
+        assert_within_twice(a, t, e, name)
+
+
+@pytest.mark.parametrize("case", SMALL_RESNET_CONVS, ids=str)
+def test_resnet_shapes(case: Conv, algorithm: str) -> None:
+    problem = Problem(case.batch(2), torch.float32)
+    check_inference(problem, residual=True)
+    check_training(problem, prologue=case.c_in > 3)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ODD_CONVS, ids=str)
+def test_odd_shapes(case: Conv, dtype: torch.dtype, algorithm: str, threads: int) -> None:
+    problem = Problem(case, dtype)
+    for flag in (False, True):
+        check_inference(problem, residual=flag, relu=flag)
+        check_training(problem, prologue=flag)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL_RESNET_CONVS[::3], ids=str)
+def test_resnet_shapes_in_16_bit(case: Conv, dtype: torch.dtype, algorithm: str) -> None:
+    problem = Problem(case, dtype)
+    check_inference(problem, residual=True)
+    check_training(problem, prologue=True)
+
+
+@pytest.mark.parametrize("case", [RESNET_CONVS[0].at(90), *RESNET_CONVS[2:8]], ids=str)
+def test_pictures_cut_into_blocks(case: Conv, packed_algorithm: None, threads: int) -> None:
+    problem = Problem(case, torch.float32)
+    check_inference(problem, residual=True)
+    check_training(problem, prologue=True)
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1), (0, 3)], ids=str)
+def test_uneven_geometry(kernel, stride, padding, packed_algorithm: None) -> None:
+    input, weight = torch.randn(2, 20, 9, 1500), torch.randn(18, 20, *kernel)
+    z, mean, _ = conv_stats(
+        input, weight, None, None, None, None, 0.0, list(stride), list(padding), [1, 1]
+    )
+    exact = F.conv2d(input.double(), weight.double(), None, stride, padding)
+    assert relative_error(z, exact) < 1e-6
+    assert (mean - exact.mean((0, 2, 3))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"),
+    [(1, 2, 2, 1), (2, 1, 1, 4), (1, 1, 1, 16)],
+)
+def test_groups_and_dilation(stride: int, padding: int, dilation: int, groups: int) -> None:
+    input, weight = torch.randn(2, 16, 9, 9), torch.randn(32, 16 // groups, 3, 3)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    assert pack_conv_weight(weight, *geometry).shape == (0,)
+    for a, e in zip(
+        conv_stats(input, weight, None, None, None, None, 0.0, *geometry),
+        reference.conv_stats(
+            input.double(), weight.double(), None, None, None, None, 0.0, *geometry
+        ),
+        strict=True,
+    ):
+        assert relative_error(a, e) < 1e-6
+
+
+def sliced(x: Tensor) -> Tensor:
+    """x as a slice of a larger channels_last tensor, full of NaN around it."""
+    n, c, h, w = x.shape
+    large = torch.full((n + 1, c + 8, h + 3, w + 2), float("nan"), dtype=x.dtype)
+    part = large.contiguous(memory_format=torch.channels_last)[1:, 4 : 4 + c, 2 : 2 + h, 1 : 1 + w]
+    return part.copy_(x)
+
+
+LAYOUTS = {
+    "sliced": sliced,
+    "channels_first": torch.Tensor.contiguous,
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every second": lambda x: torch.stack([x, x], -1).flatten(3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [ODD_CONVS[3], ODD_CONVS[4], RESNET_CONVS[2].at(9)], ids=str)
+def test_layouts(case: Conv, layout: str, algorithm: str) -> None:
+    problem = Problem(case, torch.float32)
+    change = LAYOUTS[layout]
+    dense = problem.inference(conv_bn_relu, same, True), *problem.training(conv_stats, same, True)
+    problem.input, problem.residual = change(problem.input), change(problem.residual)
+    problem.weight = problem.weight.contiguous(memory_format=torch.channels_last)
+    problem.mean = torch.stack([problem.mean, problem.mean], 1)[:, 0]
+    again = problem.inference(conv_bn_relu, same, True), *problem.training(conv_stats, same, True)
+    for a, b in zip(again, dense, strict=True):
+        assert a.is_contiguous(memory_format=torch.channels_last) or a.dim() == 1
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", [*ODD_CONVS, *SMALL_RESNET_CONVS[::6]], ids=str)
+def test_packed_weight(case: Conv, packed_algorithm: None) -> None:
+    problem = Problem(case, torch.float32)
+    packed = pack_conv_weight(problem.weight, *problem.geometry)
+    torch.testing.assert_close(
+        packed, reference.pack_conv_weight(problem.weight, *problem.geometry, 1), rtol=0, atol=0
+    )
+    channels_last = problem.weight.contiguous(memory_format=torch.channels_last)
+    assert pack_conv_weight(channels_last, *problem.geometry).equal(packed)
+    expected = problem.inference(conv_bn_relu, same, False)
+    for given in (packed, packed.new_empty(0), packed[:-1]):
+        result = problem.inference(conv_bn_relu, same, False, packed=given)
+        assert result.equal(expected)
+
+
+def test_statistics_of_a_large_mean(algorithm: str) -> None:
+    input = torch.randn(4, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    input[:, 0] += 1000.0
+    weight = torch.eye(64)[:, :, None, None].clone()
+    weight[:, 0] = 1.0
+    exact = F.conv2d(input.double(), weight.double())
+    z, mean, var = conv_stats(input, weight, None, None, None, None, 0.0, [1, 1], [0, 0], [1, 1])
+    assert relative_error(mean, exact.mean((0, 2, 3))) < 1e-7
+    assert relative_error(var, z.double().var((0, 2, 3), correction=0)) < 1e-5
+
+
+def test_statistics_do_not_change_from_run_to_run(packed_algorithm: None, threads: int) -> None:
+    problem = Problem(RESNET_CONVS[2].batch(3), torch.float32)
+    first = problem.training(conv_stats, same, True)
+    for _ in range(3):
+        for a, b in zip(problem.training(conv_stats, same, True), first, strict=True):
+            assert a.equal(b)
+
+
+def test_nan_and_infinity(algorithm: str) -> None:
+    problem = Problem(Conv("nan", 16, 16, 1, 1, 4, n=3), torch.float32)
+    problem.input[0, 3, 1, 2] = float("nan")
+    problem.input[1, 2, 0, 0] = float("inf")
+    actual = problem.inference(conv_bn_relu, same, False)
+    expected = problem.inference(reference.conv_bn_relu, same, False)
+    assert actual[0, :, 1, 2].isnan().all()
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+    z, mean, var = problem.training(conv_stats, same, False)
+    assert z[0, :, 1, 2].isnan().all() and mean.isnan().all() and var.isnan().all()
+    a = problem.training(conv_stats, same, True)[0]
+    assert a[0, :, 1, 2].isnan().all() and not a[2].isnan().any()
+
+
+def test_empty_batch(algorithm: str) -> None:
+    problem = Problem(Conv("empty", 8, 16, 3, 1, 8, n=0), torch.float32)
+    assert problem.inference(conv_bn_relu, same, True).shape == (0, 16, 8, 8)
+    z, mean, var = problem.training(conv_stats, same, True)
+    assert z.shape == (0, 16, 8, 8)
+    assert mean.equal(torch.zeros(16)) and var.equal(torch.zeros(16))
+
+
+def bad_calls() -> dict[str, tuple[str, Callable[[Problem], object]]]:
+    def infer(**changes):
+        def call(p: Problem):
+            for name, change in changes.items():
+                setattr(p, name, change(getattr(p, name)))
+            return p.inference(torch.ops.fastres.conv_bn_relu, same, True)
+
+        return call
+
+    def train(p: Problem, **changes):
+        args = {"in_mean": None, "in_var": None, "in_weight": None, "in_bias": None} | changes
+        return torch.ops.fastres.conv_stats(p.input, p.weight, *args.values(), 1e-5, *p.geometry, 1)
+
+    return {
+        "rank of input": ("conv_bn_relu: input", infer(input=lambda x: x[0])),
+        "rank of weight": ("conv_bn_relu: weight", infer(weight=lambda x: x[0])),
+        "channels": ("conv_bn_relu: weight", infer(weight=lambda x: x[:, 1:])),
+        "dtype of weight": ("conv_bn_relu: weight", infer(weight=torch.Tensor.double)),
+        "integers": ("conv_bn_relu: input", infer(input=torch.Tensor.int)),
+        "device": ("weight", infer(weight=lambda x: x.to("meta"))),
+        "length of mean": ("conv_bn_relu: running_mean", infer(mean=lambda x: x[1:])),
+        "dtype of var": ("conv_bn_relu: running_var", infer(var=torch.Tensor.double)),
+        "bias": ("conv_bn_relu: bias", infer(bias=lambda x: x[:, None])),
+        "bn_weight": ("conv_bn_relu: bn_weight", infer(bn_weight=lambda x: x[:2])),
+        "residual": ("conv_bn_relu: residual", infer(residual=lambda x: x[:, :, 1:])),
+        "stride": ("conv_bn_relu: stride", infer(geometry=lambda g: ([0, 1], *g[1:]))),
+        "padding": ("conv_bn_relu: padding", infer(geometry=lambda g: (g[0], [-1, 0], g[2]))),
+        "dilation": ("conv_bn_relu: dilation", infer(geometry=lambda g: (*g[:2], [1]))),
+        "huge": ("conv_bn_relu: padding", infer(geometry=lambda g: (g[0], [2**62] * 2, g[2]))),
+        "too small": (
+            "conv_bn_relu: input",
+            infer(input=lambda x: x[:, :, :1], geometry=lambda g: (g[0], [0, 0], g[2])),
+        ),
+        "packed": (
+            "conv_bn_relu: packed",
+            lambda p: p.inference(conv_bn_relu, same, False, packed=torch.zeros(3, 2)),
+        ),
+        "no in_var": ("conv_stats: in_var", lambda p: train(p, in_mean=p.in_mean)),
+        "no in_mean": ("conv_stats: in_mean", lambda p: train(p, in_weight=p.in_mean)),
+        "in_mean": (
+            "conv_stats: in_mean",
+            lambda p: train(p, in_mean=p.in_mean[1:], in_var=p.in_var),
+        ),
+        "groups of weight": (
+            "pack_conv_weight: groups",
+            lambda p: pack_conv_weight(p.weight, *p.geometry, 0),
+        ),
+        "rank of packed weight": (
+            "pack_conv_weight: weight",
+            lambda p: pack_conv_weight(p.weight[0], *p.geometry),
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", bad_calls())
+def test_bad_arguments(what: str) -> None:
+    message, call = bad_calls()[what]
+    with pytest.raises(RuntimeError, match=message):
+        call(Problem(Conv("small", 6, 18, 3, 1, 5), torch.float32))
+
+
+def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "fastest")
+    with pytest.raises(RuntimeError, match="FASTRES_CPU_ALGORITHM must be"):
+        check_inference(Problem(ODD_CONVS[1], torch.float32), residual=False)
+
+
+@pytest.mark.skipif(CAPABILITY is not None, reason="this is the run on one instruction set")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lower_instruction_sets(isa: str) -> None:
+    if isa not in _C.available_cpu_capabilities():
+        pytest.skip(f"this processor has no {isa}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+    ]
+    result = subprocess.run(
+        [*command, str(Path(__file__))],
+        env=os.environ | {"FASTRES_CPU_CAPABILITY": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
