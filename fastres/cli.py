@@ -1,0 +1,75 @@
+"""`fastres train | eval | predict | env`: arguments only; the work is in fastres.train."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from fastres import train
+from fastres.data import DataError
+from fastres.train import EvalConfig, PredictConfig, TrainConfig, report
+from fastres.train.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """Versions, what the CPU can do, and which operation runs on what."""
+
+
+COMMANDS: dict[str, Any] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "predict": PredictConfig,
+    "env": EnvConfig,
+}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The config of the command in `arguments`.
+
+    With `train --resume` the settings that are not given are those of the run in --out.
+    """
+    config = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="fastres",
+        description="ResNets made fast without changing their answers.",
+        args=arguments,
+    )
+    if isinstance(config, TrainConfig) and config.resume:
+        saved = RunFolder.existing(config.out).read_config()
+        config = tyro.cli(TrainConfig, prog="fastres train", args=arguments[1:], default=saved)
+    return config
+
+
+def run(config: Any) -> None:
+    """Do what `config` asks for."""
+    if isinstance(config, EnvConfig):
+        from fastres import env
+
+        env.main()
+    elif isinstance(config, TrainConfig):
+        train.fit(config)
+    elif isinstance(config, EvalConfig):
+        data, meter = train.evaluate_checkpoint(config)
+        report.print_evaluation(
+            config.checkpoint, data, meter.mean_loss, meter.accuracy, meter.images
+        )
+    else:
+        report.print_predictions(train.predict(config))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a user's error, 130 for a run interrupted."""
+    try:
+        run(parse(sys.argv[1:] if arguments is None else arguments))
+    except train.RunInterruptedError as error:
+        print(f"fastres: {error}", file=sys.stderr)
+        return 130
+    except (train.ConfigError, DataError, train.TrainError, OSError) as error:
+        print(f"fastres: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,50 @@
+"""Augmentation and normalisation of whole batches, where the images live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_crop_flip(
+    images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int
+) -> Tensor:
+    """Pad each image with zeros, crop it back to its size, and mirror it where asked.
+
+    With `top` and `left` uniform in [0, 2 * padding] and `flip` a fair coin this is torchvision's
+    RandomCrop(size, padding) followed by RandomHorizontalFlip.
+
+    Args:
+        images: (N, C, H, W) uint8, best in channels_last memory.
+        top, left: (N,) int64, the crop's corner in the padded image.
+        flip: (N,) bool.
+        padding: pixels added on every side.
+
+    Returns:
+        (N, C, H, W) uint8 in channels_last memory.
+    """
+    n, c, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1).contiguous()
+    # Every possible crop as a view: (N, top, left, H, W, C). One gather then copies whole rows.
+    image, row, column, channel = padded.stride()
+    crops = padded.as_strided(
+        (n, 2 * padding + 1, 2 * padding + 1, h, w, c),
+        (image, row, column, row, column, channel),
+    )
+    cropped = crops[torch.arange(n, device=images.device), top, left]
+    flipped = torch.where(flip[:, None, None, None], cropped.flip(2), cropped)
+    return flipped.permute(0, 3, 1, 2)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images / 255 - mean) / std per channel: (N, C, H, W) uint8 to float32, memory layout kept.
+
+    The same arithmetic, in the same order, as torchvision's ToTensor and Normalize.
+    """
+    shape = (1, -1, 1, 1)
+    centre = torch.tensor(mean, device=images.device).view(shape)
+    scale = torch.tensor(std, device=images.device).view(shape)
+    return images.to(torch.float32).div_(255).sub_(centre).div_(scale)

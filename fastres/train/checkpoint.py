@@ -1,0 +1,38 @@
+"""Checkpoints: written atomically, read without running code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres.train.errors import CheckpointError
+from fastres.train.files import write_atomically
+
+FORMAT = 1
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors and plain Python values) to `path` atomically."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+
+
+def load(path: Path, keys: frozenset[str]) -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it lacks one of `keys`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {path}") from error
+    except Exception as error:  # zip, pickle and torch each have errors of their own for damage
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint of fastres: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version of fastres")
+    if missing := sorted(keys - content.keys()):
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}: it cannot be used for this")
+    return content

@@ -1,0 +1,204 @@
+"""What a command is told: frozen dataclasses, from which the command line is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+DataName = Literal["sample", "cifar10"]
+AmpName = Literal["none", "bf16", "fp16"]
+Directory = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+
+
+class ConfigError(ValueError):
+    """A setting has a value that cannot be; the message names field, value and expectation."""
+
+
+def _expect(config: Any, field: str, ok: bool, expectation: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field} is {getattr(config, field)!r}, expected {expectation}")
+
+
+def _expect_choice(config: Any, field: str, choices: Any) -> None:
+    _expect(
+        config, field, getattr(config, field) in choices.__args__, " or ".join(choices.__args__)
+    )
+
+
+def _expect_whole(config: Any, field: str, least: int) -> None:
+    value = getattr(config, field)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _expect(config, field, whole and value >= least, f"a whole number, at least {least}")
+
+
+def _expect_real(config: Any, field: str, ok: Any, expectation: str) -> None:
+    value = getattr(config, field)
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    _expect(config, field, real and ok(value), expectation)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a ResNet on CIFAR-10 or on the packaged sample of it, by the standard recipe.
+
+    SGD with momentum, a step schedule, early stopping on the validation part, and the test part
+    once at the end. Everything the run finds out is in its folder.
+    """
+
+    model: ModelName = "resnet18"
+    """Member of the family; it gets the CIFAR stem."""
+
+    data: DataName = "sample"
+    """The packaged sample (4,600 images), or the official CIFAR-10."""
+
+    root: Directory = Path("datasets")
+    """Where the official CIFAR-10 is, or is downloaded to."""
+
+    epochs: int = 100
+    """Passes over the training part, at most."""
+
+    batch_size: int = 128
+    """Images a step."""
+
+    lr: float = 0.02
+    """Learning rate at the start."""
+
+    momentum: float = 0.9
+    """Momentum of SGD."""
+
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter."""
+
+    step_size: int = 30
+    """Epochs between two drops of the learning rate."""
+
+    gamma: float = 0.1
+    """What a drop multiplies the learning rate by."""
+
+    seed: int = 0
+    """Of the weights, the split, the order and the augmentation."""
+
+    valid_ratio: float = 0.2
+    """Share of the training images held out for validation."""
+
+    patience: int = 30
+    """Stop after so many epochs in a row without a better validation accuracy."""
+
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+
+    amp: AmpName = "none"
+    """Compute in bfloat16 or float16 where that is safe; the weights stay float32."""
+
+    fused: bool = True
+    """Use fastres's fused operations; the answers are the same."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """The run's folder; left out: runs/DATA-MODEL-TIME."""
+
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with the run in --out; its own settings are the defaults."""
+
+    def __post_init__(self) -> None:
+        _expect_choice(self, "model", ModelName)
+        _expect_choice(self, "data", DataName)
+        _expect_choice(self, "amp", AmpName)
+        for field in ("epochs", "batch_size", "step_size", "patience"):
+            _expect_whole(self, field, 1)
+        _expect_whole(self, "seed", 0)
+        _expect(self, "seed", self.seed < 2**32, "a whole number below 2**32")
+        _expect_real(self, "lr", lambda x: x > 0, "a number above 0")
+        _expect_real(self, "momentum", lambda x: 0 <= x < 1, "a number in [0, 1)")
+        _expect_real(self, "weight_decay", lambda x: x >= 0, "a number, at least 0")
+        _expect_real(self, "gamma", lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _expect_real(self, "valid_ratio", lambda x: 0 < x < 1, "a number in (0, 1)")
+        _expect(self, "resume", not (self.resume and self.out is None), "--out DIR beside it")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss and accuracy of a checkpoint on the test part of a data set."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """A best.pt or last.pt of `fastres train`."""
+
+    data: DataName | None = None
+    """Left out: the data set that the checkpoint was trained on."""
+
+    root: Directory = Path("datasets")
+    """Where the official CIFAR-10 is, or is downloaded to."""
+
+    batch_size: int = 128
+    """Images at a time."""
+
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+
+    fused: bool = True
+    """Use fastres's fused operations; the answers are the same."""
+
+    def __post_init__(self) -> None:
+        _expect_whole(self, "batch_size", 1)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classes and their probabilities for image files."""
+
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """Image files of any size; each is cropped to a square and resized to the model's 32 x 32."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """A best.pt or last.pt of `fastres train`."""
+
+    top: int = 3
+    """How many classes to print for an image."""
+
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+
+    fused: bool = True
+    """Use fastres's fused operations; the answers are the same."""
+
+    def __post_init__(self) -> None:
+        _expect(self, "images", len(self.images) > 0, "at least one image file")
+        _expect_whole(self, "top", 1)
+
+
+# May differ between a run and its --resume: none changes what an epoch computes, but for the
+# rounding of another device.
+FREE_ON_RESUME = frozenset({"root", "epochs", "device", "out", "resume"})
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON types; `resume` is how a run was called and not one of them."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    del plain["resume"]
+    return plain
+
+
+def from_dict(plain: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: a setting is unknown, or has a value that cannot be.
+    """
+    names = {field.name for field in fields(TrainConfig)}
+    if unknown := sorted(set(plain) - names):
+        raise ConfigError(f"unknown settings {', '.join(unknown)}")
+    paths = {k: Path(plain[k]) for k in ("root", "out") if plain.get(k) is not None}
+    return TrainConfig(**{**plain, **paths})
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The settings, old and new value, in which a resumed run must not differ but does."""
+    return [
+        f"{field.name} (was {getattr(old, field.name)!r}, is {getattr(new, field.name)!r})"
+        for field in fields(TrainConfig)
+        if field.name not in FREE_ON_RESUME and getattr(old, field.name) != getattr(new, field.name)
+    ]

@@ -1,0 +1,31 @@
+"""What can go wrong in a run and is not a bug; the command line prints the message alone."""
+
+from pathlib import Path
+
+
+class TrainError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+class CheckpointError(TrainError):
+    """A checkpoint is missing, damaged, or of another kind of run."""
+
+
+class RunFolderError(TrainError):
+    """The run's folder cannot be used as asked."""
+
+
+class NonFiniteLossError(TrainError):
+    """The loss became NaN or infinite."""
+
+
+class ImageError(TrainError):
+    """A file is not an image that can be read."""
+
+
+class RunInterruptedError(TrainError):
+    """The run was asked to stop (SIGINT or SIGTERM) and has saved its state in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"stopped; go on with: fastres train --out {folder} --resume")
+        self.folder = folder

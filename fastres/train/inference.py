@@ -1,0 +1,103 @@
+"""What a checkpoint is for: its accuracy on a data set, and the classes of image files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from fastres.data import Batches, DataError, load, normalize
+from fastres.train import checkpoint
+from fastres.train.config import EvalConfig, PredictConfig
+from fastres.train.errors import CheckpointError, ImageError
+from fastres.train.loop import MODEL_KEYS, Meter, evaluate
+from fastres.train.model import build_model, resolve_device
+
+IMAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image and their softmax probabilities, likeliest first."""
+
+    image: Path
+    classes: tuple[tuple[str, float], ...]
+
+
+def load_model(
+    path: Path, *, device: torch.device | str = "cpu", fused: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint in evaluation mode, and the checkpoint's other content.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    content = checkpoint.load(path, MODEL_KEYS)
+    model = build_model(content["model_name"], {**content["model_arguments"], "fused": fused})
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {content['model_name']}: {error}") from error
+    return model.to(device, memory_format=torch.channels_last).eval(), content
+
+
+def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter]:
+    """The data set's name, and loss and accuracy on its test part.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what was asked for cannot be had.
+    """
+    device = resolve_device(config.device)
+    model, content = load_model(config.checkpoint, device=device, fused=config.fused)
+    name = config.data or content["data"]
+    dataset = load(name, config.root)
+    if list(dataset.classes) != content["classes"]:
+        raise DataError(f"{name} has other classes than {config.checkpoint} was trained on")
+    test = dataset.test.to(device)
+    batches = Batches(test, config.batch_size, content["mean"], content["std"])
+    return name, evaluate(model, batches)
+
+
+def read_image(path: Path) -> Tensor:
+    """The middle square of an image file, resized: (1, 3, 32, 32) uint8.
+
+    Raises:
+        ImageError: the file is missing or is no image that Pillow can read.
+    """
+    try:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"no image at {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ImageError(f"cannot read the image {path}: {reason}") from error
+    square = ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), method=Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+
+
+@torch.inference_mode()
+def predict(config: PredictConfig) -> list[Prediction]:
+    """The classes of each image file.
+
+    Raises:
+        ConfigError, CheckpointError, ImageError: what was asked for cannot be had.
+    """
+    device = resolve_device(config.device)
+    images = torch.cat([read_image(path) for path in config.images]).to(device)
+    model, content = load_model(config.checkpoint, device=device, fused=config.fused)
+    images = images.contiguous(memory_format=torch.channels_last)
+    logits = model(normalize(images, content["mean"], content["std"]))
+    top = logits.softmax(1).topk(min(config.top, len(content["classes"])))
+    rows = zip(config.images, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        Prediction(
+            path, tuple((content["classes"][i], p) for i, p in zip(index, share, strict=True))
+        )
+        for path, index, share in rows
+    ]

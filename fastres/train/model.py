@@ -1,0 +1,37 @@
+"""The model of a run, from arguments that a checkpoint can keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres import models
+from fastres.train.config import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    return device
+
+
+def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model `fastres.models.<name>(**arguments)`."""
+    return getattr(models, name)(**arguments)

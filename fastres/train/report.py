@@ -1,0 +1,105 @@
+"""What a person sees: the progress bar, a line an epoch, the table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastres.train.inference import Prediction
+    from fastres.train.loop import Meter, Result
+
+
+class Report:
+    """Shows a run on the terminal; silent with `enabled=False`."""
+
+    def __init__(self, epochs: int, steps: int, *, enabled: bool) -> None:
+        self.epochs = epochs
+        self.steps = steps
+        self.console = Console(quiet=not enabled, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+            transient=True,
+        )
+        self.run = self.progress.add_task("run", total=epochs * steps, note="")
+        self.epoch = self.progress.add_task("epoch", total=steps, note="")
+
+    def __enter__(self) -> Report:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def start(self, text: str) -> None:
+        """Say what begins."""
+        self.console.print(text)
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Epoch number `epoch` (0 is the first) begins at step `step`."""
+        self.progress.update(self.run, completed=epoch * self.steps + step)
+        self.progress.reset(
+            self.epoch, total=self.steps, description=f"epoch {epoch + 1}/{self.epochs}"
+        )
+        self.progress.update(self.epoch, completed=step, note="")
+
+    def training_step(self, meter: Meter) -> None:
+        """A step is done."""
+        note = f"loss {meter.mean_loss:.3f}  {meter.images_per_second:,.0f} images/s"
+        self.progress.update(self.epoch, completed=meter.step, note=note)
+        self.progress.update(self.run, advance=1)
+
+    def end_epoch(self, line: dict[str, Any], *, best: bool) -> None:
+        """An epoch is done; `line` is its line in metrics.jsonl."""
+        self.console.print(
+            f"epoch {line['epoch']:>3}/{self.epochs}"
+            f"  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:7.2%}"
+            f"  valid loss {line['valid_loss']:.4f} accuracy {line['valid_accuracy']:7.2%}"
+            f"  lr {line['lr']:g}  {line['images_per_second']:,.0f} images/s"
+            f"{'  best' if best else ''}"
+        )
+
+    def end(self, result: Result) -> None:
+        """The run is done."""
+        table = Table(title="result", show_header=False)
+        for name, value in (
+            ("epochs", f"{result.epochs} ({result.ended_by})"),
+            ("best epoch", str(result.best_epoch)),
+            ("valid accuracy", f"{result.valid_accuracy:.2%}"),
+            ("test accuracy", f"{result.test_accuracy:.2%}"),
+            ("test loss", f"{result.test_loss:.4f}"),
+            ("training time", f"{result.seconds:,.1f} s"),
+            ("folder", str(result.folder)),
+        ):
+            table.add_row(name, value)
+        self.console.print(table)
+
+
+def print_evaluation(checkpoint: Path, data: str, loss: float, accuracy: float, n: int) -> None:
+    """What `fastres eval` prints."""
+    print(f"{checkpoint}: test loss {loss:.4f}, accuracy {accuracy:.2%} ({n:,} images of {data})")
+
+
+def print_predictions(predictions: list[Prediction]) -> None:
+    """What `fastres predict` prints: an image's name, then a line a class."""
+    for prediction in predictions:
+        print(prediction.image)
+        for name, probability in prediction.classes:
+            print(f"  {probability:7.2%}  {name}")

@@ -1,0 +1,578 @@
+"""Training: the recipe, the run's folder, and runs that are killed and resumed bit for bit."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastres import data, train
+from fastres.train import checkpoint, config, loop, seed
+from fastres.train.early_stopping import EarlyStopping
+from fastres.train.files import write_atomically
+
+TINY = """
+import torch
+from torch import nn
+from fastres import data
+
+def build_model(name, arguments):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, arguments["num_classes"]),
+    )
+
+torch.set_num_threads(1)  # so little work is only slowed down by a second thread
+whole = data.sample()
+
+def load(name, root):
+    return data.Dataset(whole.train[torch.arange(100)], whole.test[torch.arange(40)])
+"""
+TINY_NAMES: dict[str, Any] = {}
+exec(TINY, TINY_NAMES)
+FEW_EPOCHS = {"epochs": 3, "batch_size": 16, "device": "cpu"}
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a few hundred weights and 100 training images: an epoch takes milliseconds."""
+    for module in ("loop", "inference"):
+        monkeypatch.setattr(f"fastres.train.{module}.build_model", TINY_NAMES["build_model"])
+        monkeypatch.setattr(f"fastres.train.{module}.load", TINY_NAMES["load"])
+
+
+def fit(out: Path, **changes: Any) -> train.Result:
+    return train.fit(train.TrainConfig(out=out, **{**FEW_EPOCHS, **changes}), progress=False)
+
+
+def last(out: Path) -> dict[str, Any]:
+    return checkpoint.load(out / "last.pt", loop.RUN_KEYS)
+
+
+def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in history]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Both runs came to the same weights, optimizer, best epoch and metrics, bit for bit."""
+    for name, keys in (("last.pt", loop.RUN_KEYS), ("best.pt", loop.MODEL_KEYS)):
+        a, b = (checkpoint.load(out / name, keys) for out in (one, other))
+        assert a["epoch"] == b["epoch"]
+        for key, value in a["model"].items():
+            assert torch.equal(value, b["model"][key]), key
+    a, b = last(one), last(other)
+    for index, moments in a["optimizer"]["state"].items():
+        buffer = b["optimizer"]["state"][index]["momentum_buffer"]
+        assert torch.equal(moments["momentum_buffer"], buffer)
+    assert a["early_stopping"] == b["early_stopping"]
+    assert a["scheduler"] == b["scheduler"]
+    assert torch.equal(a["random"]["torch"], b["random"]["torch"])
+    assert timeless(metrics(one)) == timeless(metrics(other))
+    results = [json.loads((out / "result.json").read_text()) for out in (one, other)]
+    assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("field", "value", "expectation"),
+        [
+            ("model", "vgg", "resnet18 or resnet34"),
+            ("data", "mnist", "sample or cifar10"),
+            ("amp", "fp8", "none or bf16 or fp16"),
+            ("epochs", 0, "a whole number, at least 1"),
+            ("batch_size", 2.5, "a whole number, at least 1"),
+            ("step_size", -1, "a whole number, at least 1"),
+            ("patience", True, "a whole number, at least 1"),
+            ("seed", -1, "a whole number, at least 0"),
+            ("seed", 2**32, "below 2\\*\\*32"),
+            ("lr", 0.0, "a number above 0"),
+            ("lr", float("nan"), "a number above 0"),
+            ("momentum", 1.0, "a number in \\[0, 1\\)"),
+            ("weight_decay", -1e-4, "at least 0"),
+            ("gamma", 0.0, "a number in \\(0, 1\\]"),
+            ("valid_ratio", 0.0, "a number in \\(0, 1\\)"),
+            ("resume", True, "--out DIR"),
+        ],
+    )
+    def test_names_field_value_and_expectation(
+        self, field: str, value: object, expectation: str
+    ) -> None:
+        with pytest.raises(train.ConfigError, match=f"^{field} is .*, expected .*{expectation}"):
+            train.TrainConfig(**{field: value})  # type: ignore[arg-type]
+
+    def test_is_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            train.TrainConfig().lr = 1.0  # type: ignore[misc]
+
+    def test_json_and_back(self) -> None:
+        before = train.TrainConfig(lr=0.3, out=Path("a"), root=Path("b"), fused=False)
+        assert config.from_dict(json.loads(json.dumps(config.to_dict(before)))) == before
+        with pytest.raises(train.ConfigError, match="unknown settings speed"):
+            config.from_dict({"speed": 1})
+
+    @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
+    def test_device_that_is_not_there(self, device: str, tmp_path: Path) -> None:
+        with pytest.raises(train.ConfigError, match=f"device is '{device}'"):
+            fit(tmp_path / "run", device=device)
+        assert not (tmp_path / "run").exists()
+
+
+class TestSeed:
+    def test_states_go_through_a_checkpoint(self, tmp_path: Path) -> None:
+        import random
+
+        def draws() -> list[float]:
+            return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+        seed.seed_everything(7)
+        np.random.standard_normal()  # leaves a cached second draw in the state
+        checkpoint.save(tmp_path / "a.pt", {"random": seed.random_state()})
+        expected = draws()
+        seed.seed_everything(8)
+        assert draws() != expected
+        seed.set_random_state(checkpoint.load(tmp_path / "a.pt", frozenset({"random"}))["random"])
+        assert draws() == expected
+
+    def test_same_seed_same_numbers(self, tmp_path: Path) -> None:
+        fit(tmp_path / "a", seed=4)
+        torch.rand(5)
+        fit(tmp_path / "b", seed=4)
+        assert_same_end(tmp_path / "a", tmp_path / "b")
+
+    def test_other_seed_other_numbers(self, tmp_path: Path) -> None:
+        one, other = (fit(tmp_path / str(s), seed=s, epochs=1) for s in (4, 5))
+        assert one.history[0]["train_loss"] != other.history[0]["train_loss"]
+
+
+class TestEarlyStopping:
+    def test_stops_after_patience_and_keeps_the_first_best(self) -> None:
+        stopping = EarlyStopping(patience=2)
+        assert [stopping.update(i + 1, a) for i, a in enumerate((0.1, 0.4, 0.4))] == [
+            True,
+            True,
+            False,
+        ]
+        assert not stopping.should_stop
+        stopping.update(4, 0.3)
+        assert stopping.should_stop
+        assert (stopping.best_epoch, stopping.best_accuracy) == (2, 0.4)
+
+    def test_best_epoch_is_restored(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The accuracy falls after epoch 2: the run stops, and it is epoch 2 that is tested."""
+        epochs: list[dict[str, torch.Tensor]] = []
+        tested: list[dict[str, torch.Tensor]] = []
+        real = loop.evaluate
+
+        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> loop.Meter:
+            meter = real(model, batches, **options)
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
+            if len(batches.part) == 40:
+                tested.append(weights)
+            else:
+                epochs.append(weights)
+                meter.correct = [4, 9, 5, 3, 9][len(epochs) - 1]
+            return meter
+
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+        result = fit(tmp_path / "run", epochs=10, patience=3)
+        assert (result.epochs, result.best_epoch, result.ended_by) == (5, 2, "early stopping")
+        assert result.valid_accuracy == 9 / 20
+        assert len(tested) == 1
+        for key, value in tested[0].items():
+            assert torch.equal(value, epochs[1][key])
+            assert torch.equal(
+                value, train.load_model(tmp_path / "run" / "best.pt")[0].state_dict()[key]
+            )
+
+
+class TestFit:
+    def test_run_folder(self, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        result = fit(out, step_size=2, lr=0.1)
+        names = "best.pt config.json curves.png last.pt metrics.jsonl result.json"
+        assert sorted(path.name for path in out.iterdir()) == names.split()
+        assert json.loads((out / "config.json").read_text())["step_size"] == 2
+        lines = metrics(out)
+        assert lines == result.history
+        assert [line["epoch"] for line in lines] == [1, 2, 3]
+        assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.01])
+        assert set(lines[0]) == {
+            "epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr",
+            "images_per_second", "seconds",
+        }  # fmt: skip
+        with Image.open(out / "curves.png") as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 300
+        saved = json.loads((out / "result.json").read_text())
+        assert saved["test_accuracy"] == result.test_accuracy
+        assert 0 <= result.test_accuracy <= 1
+
+    def test_learns(self, tmp_path: Path) -> None:
+        result = fit(tmp_path / "run", epochs=8)
+        assert result.history[-1]["train_loss"] < 0.9 * result.history[0]["train_loss"]
+
+    def test_default_folder_names_data_model_and_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        result = train.fit(train.TrainConfig(**{**FEW_EPOCHS, "epochs": 1}), progress=False)
+        assert result.folder.parent == Path("runs")
+        assert result.folder.name.startswith("sample-resnet18-2")
+
+    def test_only_the_training_part_is_augmented_and_test_comes_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[data.Batches] = []
+        passes: list[int] = []
+
+        class Spy(data.Batches):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                made.append(self)
+
+            def iterate(self, first: int = 0) -> Any:
+                passes.append(len(self.part))
+                return super().iterate(first)
+
+        monkeypatch.setattr(loop, "Batches", Spy)
+        fit(tmp_path / "run")
+        assert [(len(b.part), b.augment) for b in made] == [(80, True), (20, False), (40, False)]
+        assert passes == [80, 20, 80, 20, 80, 20, 40]
+
+    def test_folder_in_use_is_refused_and_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "precious.txt").write_text("mine")
+        with pytest.raises(train.RunFolderError, match=f"{tmp_path} is not empty"):
+            fit(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+    @pytest.mark.parametrize("amp", ["bf16", "fp16"])
+    def test_amp(self, amp: str, tmp_path: Path) -> None:
+        result = fit(tmp_path / "run", amp=amp)
+        weights = last(tmp_path / "run")["model"]
+        assert weights["0.weight"].dtype == torch.float32
+        assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+    def test_nan_loss_names_epoch_and_step(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = data.Batches.iterate
+
+        def iterate(self: data.Batches, first: int = 0) -> Any:
+            for step, (images, labels) in enumerate(real(self, first), start=1):
+                spoilt = self.augment and self.epoch == 1 and step == 3
+                yield (images * float("nan") if spoilt else images), labels
+
+        monkeypatch.setattr(data.Batches, "iterate", iterate)
+        with pytest.raises(train.NonFiniteLossError, match="epoch 2: the loss is nan at step 3"):
+            fit(tmp_path / "run")
+        assert last(tmp_path / "run")["epoch"] == 1
+
+    def test_parts_can_be_used_apart(self) -> None:
+        sample = data.sample()
+        batches = data.Batches(sample.train[torch.arange(32)], 8, sample.mean, sample.std)
+        model = loop.build_model("resnet18", {"num_classes": 10})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        first = train.train_one_epoch(model, batches, optimizer)
+        for _ in range(4):
+            train.train_one_epoch(model, batches, optimizer)
+        after = train.evaluate(model, batches)
+        assert (first.step, first.images) == (4, 32)
+        assert after.mean_loss < first.mean_loss
+        assert not model.training
+
+
+class TestCheckpoint:
+    def test_old_file_stays_when_writing_fails(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        checkpoint.save(path, {"x": 1})
+
+        def fail(file: Any) -> None:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, fail)
+        assert checkpoint.load(path, frozenset({"x"}))["x"] == 1
+
+    def test_no_code_is_run_from_a_file(self, tmp_path: Path) -> None:
+        torch.save({"format": 1, "x": os.system}, tmp_path / "evil.pt")
+        with pytest.raises(train.CheckpointError, match=r"evil\.pt is damaged or no checkpoint"):
+            checkpoint.load(tmp_path / "evil.pt", frozenset())
+
+    @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "flipped"])
+    def test_damaged_file_is_named(self, damage: str, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        fit(out, epochs=1)
+        path = out / "last.pt"
+        whole = path.read_bytes()
+        if damage == "other":
+            torch.save(torch.zeros(3), path)
+        else:
+            middle = len(whole) // 2
+            path.write_bytes(
+                {
+                    "cut": whole[:middle],
+                    "empty": b"",
+                    "text": b"hello",
+                    "flipped": whole[:middle] + bytes(255 - b for b in whole[middle:]),
+                }[damage]
+            )
+        with pytest.raises(train.CheckpointError, match=r"last\.pt is "):
+            fit(out, resume=True)
+
+    def test_missing_keys_are_named(self, tmp_path: Path) -> None:
+        fit(tmp_path / "run", epochs=1)
+        with pytest.raises(train.CheckpointError, match=r"best\.pt lacks config, early_stopping"):
+            checkpoint.load(tmp_path / "run" / "best.pt", loop.RUN_KEYS)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """The folder of a run of three epochs that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+
+    def folder() -> Path:  # called in a test, where the tiny model is in place
+        if not out.exists():
+            fit(out)
+        return out
+
+    return folder
+
+
+# Where a process shoots itself: after a training step, or before a file is put in place.
+KILL_POINTS = (
+    "(run.epoch, run.meter.step) == (0, 2)",
+    "(run.epoch, run.meter.step) == (1, 5)",
+    "target == 'best.pt' and run.epoch == 1",
+    "target == 'last.pt' and run.epoch == 2",
+    "target == 'metrics.jsonl' and run.epoch == 2",
+    "target == 'curves.png' and run.epoch == 3",
+    "target == 'result.json'",
+)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastres import train
+from fastres.train import loop, report
+
+loop.build_model, loop.load = build_model, load
+runs = []
+init, step, replace = loop._Run.__init__, report.Report.training_step, os.replace
+point = None
+
+def shoot(run, target):
+    if eval(point):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def replacing(source, target):
+    if runs:
+        shoot(runs[0], Path(target).name)
+    replace(source, target)
+
+loop._Run.__init__ = lambda run, *args: (runs.append(run), init(run, *args))[1]
+report.Report.training_step = lambda self, meter: (step(self, meter), shoot(runs[0], None))[0]
+os.replace = replacing
+
+for number, point in enumerate(POINTS):
+    if (child := os.fork()) == 0:
+        train.fit(train.TrainConfig(out=OUT / str(number), **FEW_EPOCHS), progress=False)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run per kill point, each killed there; one process is their parent."""
+    out = tmp_path_factory.mktemp("killed")
+    script = out / "killed.py"
+    names = f"POINTS, FEW_EPOCHS = {KILL_POINTS!r}, {FEW_EPOCHS!r}\n"
+    script.write_text(TINY + names + KILLED.replace("OUT", f"Path({str(out)!r})"))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+class TestResume:
+    @pytest.mark.parametrize("number", range(len(KILL_POINTS)), ids=KILL_POINTS)
+    def test_killed_and_resumed_is_bit_equal(
+        self, number: int, killed: Path, unbroken: Callable[[], Path]
+    ) -> None:
+        out = killed / str(number)
+        assert not (out / "result.json").exists()
+        fit(out, resume=True)
+        assert_same_end(out, unbroken())
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 5), (2, 3)])
+    def test_signal_saves_inside_the_epoch(
+        self,
+        number: signal.Signals,
+        epoch: int,
+        step: int,
+        tmp_path: Path,
+        unbroken: Callable[[], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        out = tmp_path / "run"
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        real = data.Batches.iterate
+
+        def iterate(self: data.Batches, first: int = 0) -> Any:
+            for index, batch in enumerate(real(self, first), start=1):
+                if self.augment and (self.epoch, index) == (epoch, step):
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data.Batches, "iterate", iterate)
+            with pytest.raises(train.RunInterruptedError, match=f"train --out {out} --resume"):
+                train.RunInterruptedError, match=f"fastres train --out {out} --resume"
+            ):
+                fit(out)
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        saved = last(out)
+        assert (saved["epoch"], saved["meter"]["step"]) == (epoch, step)
+        fit(out, resume=True)
+        assert_same_end(out, unbroken())
+
+    @pytest.mark.parametrize("part", [20, 40])
+    def test_signal_while_evaluating(
+        self,
+        part: int,
+        tmp_path: Path,
+        unbroken: Callable[[], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        real = data.Batches.iterate
+
+        def iterate(self: data.Batches, first: int = 0) -> Any:
+            if len(self.part) == part:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield from real(self, first)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data.Batches, "iterate", iterate)
+            with pytest.raises(train.RunInterruptedError):
+                fit(tmp_path)
+        fit(tmp_path, resume=True)
+        assert_same_end(tmp_path, unbroken())
+
+    def test_more_epochs(self, tmp_path: Path, unbroken: Callable[[], Path]) -> None:
+        fit(tmp_path, epochs=1)
+        fit(tmp_path, resume=True, epochs=3)
+        assert_same_end(tmp_path, unbroken())
+
+    def test_finished_run_ends_the_same(self, tmp_path: Path, unbroken: Callable[[], Path]) -> None:
+        fit(tmp_path)
+        fit(tmp_path, resume=True)
+        assert_same_end(tmp_path, unbroken())
+
+    def test_early_stopping_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = loop.evaluate
+
+        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> loop.Meter:
+            meter = real(model, batches, **options)
+            meter.correct = 5
+            return meter
+
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+        fit(tmp_path, epochs=2, patience=3)
+        result = fit(tmp_path, epochs=9, patience=3, resume=True)
+        assert (result.best_epoch, result.epochs) == (1, 4)
+
+    def test_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
+        fit(tmp_path, epochs=1)
+        before = (tmp_path / "last.pt").read_bytes()
+        with pytest.raises(train.RunFolderError) as error:
+            fit(tmp_path, epochs=1, resume=True, lr=0.7, seed=3, root=Path("elsewhere"))
+        assert "lr (was 0.02, is 0.7)" in str(error.value)
+        assert "seed (was 0, is 3)" in str(error.value)
+        assert "root (" not in str(error.value)
+        assert "momentum" not in str(error.value)
+        assert (tmp_path / "last.pt").read_bytes() == before
+
+    def test_no_run_there(self, tmp_path: Path) -> None:
+        with pytest.raises(train.RunFolderError, match=f"no run to resume in {tmp_path}"):
+            fit(tmp_path, resume=True)
+
+    def test_best_of_another_run(self, tmp_path: Path) -> None:
+        fit(tmp_path)
+        content = checkpoint.load(tmp_path / "best.pt", loop.MODEL_KEYS)
+        checkpoint.save(tmp_path / "best.pt", {**content, "epoch": 99})
+        with pytest.raises(train.CheckpointError, match=r"best\.pt is of epoch 99"):
+            fit(tmp_path, resume=True)
+
+
+class TestPredict:
+    @pytest.fixture
+    def best(self, tmp_path: Path) -> Path:
+        return fit(tmp_path / "run", epochs=1).best_checkpoint
+
+    def test_probabilities(self, best: Path, tmp_path: Path) -> None:
+        for name, mode, size in (("a.png", "RGB", (32, 32)), ("b.jpg", "L", (90, 50))):
+            Image.new(mode, size, 100).save(tmp_path / name)
+        Image.new("RGBA", (7, 40), (1, 2, 3, 4)).save(tmp_path / "c.webp")
+        paths = tuple(tmp_path / name for name in ("a.png", "b.jpg", "c.webp"))
+        predictions = train.predict(train.PredictConfig(paths, best, top=10))
+        assert [p.image for p in predictions] == list(paths)
+        for prediction in predictions:
+            names, shares = zip(*prediction.classes, strict=True)
+            assert set(names) == set(data.sample().classes)
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert list(shares) == sorted(shares, reverse=True)
+
+    def test_is_what_the_model_says_of_the_pixels(self, best: Path, tmp_path: Path) -> None:
+        sample = data.sample()
+        pixels = sample.test.images[3]
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+        (prediction,) = train.predict(train.PredictConfig((tmp_path / "x.png",), best, top=1))
+        model, _ = train.load_model(best)
+        logits = model(data.normalize(pixels[None], sample.mean, sample.std))
+        name, share = prediction.classes[0]
+        assert name == sample.classes[int(logits.argmax())]
+        assert share == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
+
+    def test_unreadable_files_are_named(self, best: Path, tmp_path: Path) -> None:
+        (tmp_path / "text.png").write_text("no picture")
+        Image.new("RGB", (64, 64), 9).save(tmp_path / "cut.png")
+        cut = (tmp_path / "cut.png").read_bytes()
+        (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+        for name, reason in (
+            ("text.png", "cannot read .*text.png: not an image"),
+            ("cut.png", "cannot read .*cut.png"),
+            ("none.png", "no image at .*none.png"),
+        ):
+            with pytest.raises(train.ImageError, match=reason):
+                train.predict(train.PredictConfig((tmp_path / name,), best))
+
+    def test_eval_gives_the_runs_test_numbers(self, tmp_path: Path) -> None:
+        result = fit(tmp_path / "run")
+        name, meter = train.evaluate_checkpoint(
+            train.EvalConfig(result.best_checkpoint, batch_size=16)
+        )
+        assert name == "sample"
+        assert (meter.accuracy, meter.images) == (result.test_accuracy, 40)
+        assert meter.mean_loss == pytest.approx(result.test_loss)
+
+    def test_eval_refuses_other_classes(self, best: Path) -> None:
+        content = checkpoint.load(best, loop.MODEL_KEYS)
+        checkpoint.save(best, {**content, "classes": ["cat"] * 10})
+        with pytest.raises(data.DataError, match="sample has other classes than"):
+            train.evaluate_checkpoint(train.EvalConfig(best))
