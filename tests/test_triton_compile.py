@@ -213,6 +213,8 @@ ELEMENTWISE_CASES += [
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_elementwise(architecture: int, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kernel, num_warps, elements, absent, constants = ELEMENTWISE[name]
+    if kernel is bn_add_relu.bn_add_relu_bwd_kernel:
+        num_warps = bn_add_relu.backward_warps(dtype)
     common = {
         "EPS": 1e-5,
         "RESIDUAL_EPS": 1e-5,
