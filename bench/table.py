@@ -1,0 +1,125 @@
+"""Tables in Markdown from the JSON files that compare.py writes.
+
+    python bench/table.py bench/results/cpu.json              print every suite's table
+    python bench/table.py --update README.md                  fill the marked places of a document
+    python bench/table.py --check README.md                   fail where one is out of date
+
+A marked place begins with `<!-- bench FILE SUITE -->`, FILE relative to the repository's root, and
+ends with `<!-- /bench -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = re.compile(
+    r"(?P<open><!-- bench (?P<file>\S+) (?P<suite>\S+) -->\n)"
+    r"(?P<body>.*?)(?P<close><!-- /bench -->)",
+    re.DOTALL,
+)
+
+
+def in_units(seconds: float) -> str:
+    """Seconds with three digits, in s, ms or µs."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _cell(record: dict[str, Any], name: str | None) -> str:
+    if name is None:
+        return "none"
+    if "peak_bytes" in record:
+        return f"{record['peak_bytes'][name] / 1e6:,.0f} MB"
+    return in_units(record["times"][name])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def markdown(records: list[dict[str, Any]], suite: str) -> str:
+    """The table of one suite, and the circumstances of its numbers below it.
+
+    Raises:
+        ValueError: there is no record of the suite.
+    """
+    chosen = [record for record in records if record["suite"] == suite]
+    if not chosen:
+        raise ValueError(f"no record of suite {suite!r}")
+    lines = [
+        "| case | fastres | torch eager | best rival | eager / fastres | best rival / fastres |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for record in chosen:
+        rival = record["best_rival"]
+        compared = record.get("peak_bytes") or record["times"]
+        eager = _cell(record, "torch eager") if "torch eager" in compared else ""
+        best = f"{_cell(record, rival)} ({rival})" if rival else "none"
+        lines.append(
+            f"| {record['case']} | {_cell(record, record['fastres'])} | {eager} | {best} "
+            f"| {_number(record['ratio_eager'])} | {_number(record['ratio'])} |"
+        )
+    first = chosen[0]
+    packages = ", ".join(
+        f"{name} {first['versions'][name]}"
+        for name in ("torch", "torchvision", "onnxruntime", "openvino")
+        if name in first["versions"]
+    )
+    measure = (
+        "peak bytes of a step" if "peak_bytes" in first else f"medians of {first['rounds']} rounds"
+    )
+    commit = (first["commit"] or "unknown")[:8] + (
+        "-dirty" if "dirty" in (first["commit"] or "") else ""
+    )
+    lines += [
+        "",
+        f"{first['device']}, {first['threads']} threads, {measure}; {packages}; "
+        f"commit {commit}, {first['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def filled(document: str) -> str:
+    """`document` with every marked place written anew."""
+
+    def place(match: re.Match[str]) -> str:
+        records = json.loads((ROOT / match["file"]).read_text())
+        return match["open"] + markdown(records, match["suite"]) + match["close"]
+
+    return PLACE.sub(place, document)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("file", type=Path, nargs="+", help="JSON files, or documents")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--update", action="store_true", help="write the documents' tables anew")
+    what.add_argument("--check", action="store_true", help="fail where a document is out of date")
+    options = parser.parse_args(arguments)
+    status = 0
+    for path in options.file:
+        text = path.read_text()
+        if options.check or options.update:
+            new = filled(text)
+            if new != text and options.update:
+                path.write_text(new)
+            elif new != text:
+                print(f"{path}: tables are out of date: python bench/table.py --update {path}")
+                status = 1
+            continue
+        records = json.loads(text)
+        for suite in dict.fromkeys(record["suite"] for record in records):
+            print(f"{suite}\n\n{markdown(records, suite)}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
