@@ -37,7 +37,8 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
     check(
         same,
         op,
-        f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(tensor.shape)}",
+        f"{name} must have the shape of {like_name}, {tuple(like.shape)}, "
+        f"got {tuple(tensor.shape)}",
     )
 
 

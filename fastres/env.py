@@ -1,0 +1,108 @@
+"""`python -m fastres.env`: versions, CPU capability, which kernel computes what, and why.
+
+Put its output into a bug report.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastres import _C
+from fastres.ops._register import LAUNCHERS, OPS, why_no_triton
+from fastres.version import __version__
+
+VARIABLES = {
+    "FASTRES_CPU_CAPABILITY": "upper bound of the CPU instruction set: baseline, avx2 or avx512",
+    "FASTRES_CPU_ALGORITHM": "convolution on the CPU: packed (ours) or aten (torch's); "
+    "default: the faster for the shape",
+    "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours) or cudnn; default: chosen by shape",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Who computes an op on a device, and why not a kernel of fastres where it is none."""
+
+    op: str
+    device: str
+    computed_by: str
+    reason: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of fastres and of what it stands on."""
+    found = {"fastres": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    build = _C.build_info()
+    found["built with"] = f"{build['compiler']}, torch {build['torch']}"
+    return found
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{op}", key)
+
+
+def kernels() -> list[Kernel]:
+    """For every op: what computes it on a CPU and on CUDA."""
+    no_triton = why_no_triton()
+    rows = []
+    for op in OPS:
+        if _has_kernel(op, "CPU"):
+            rows.append(Kernel(op, "cpu", f"C++ ({_C.cpu_capability()})"))
+        else:
+            rows.append(Kernel(op, "cpu", "plain torch", "no C++ kernel in this build"))
+        if op not in LAUNCHERS:
+            rows.append(Kernel(op, "cuda", "plain torch", "used on the CPU only"))
+        elif no_triton is None:
+            rows.append(Kernel(op, "cuda", "Triton"))
+        else:
+            rows.append(Kernel(op, "cuda", "not live", no_triton))
+    return rows
+
+
+def main() -> None:
+    """Print everything."""
+    console = Console(highlight=False)
+    about = Table("", "version", title="Versions", title_justify="left")
+    for name, version in versions().items():
+        about.add_row(name, version)
+    console.print(about)
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    machine = Table("", "", title="Machine", title_justify="left", show_header=False)
+    machine.add_row(
+        "processor", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"
+    )
+    machine.add_row("instruction set", _C.cpu_capability())
+    machine.add_row("it could also use", ", ".join(_C.available_cpu_capabilities()))
+    machine.add_row("CUDA device", device)
+    console.print(machine)
+
+    table = Table("op", "device", "computed by", "why", title="Kernels", title_justify="left")
+    for kernel in kernels():
+        table.add_row(kernel.op, kernel.device, kernel.computed_by, kernel.reason)
+    console.print(table)
+    console.print(
+        "Other devices: plain torch. float64 and what no kernel fits (groups, dilation): "
+        "torch's convolution with fastres's passes around it.\n"
+        "Inputs in channels_last are fastest: model.to(memory_format=torch.channels_last)."
+    )
+
+    settings = Table("variable", "meaning", title="Settings", title_justify="left")
+    for variable, meaning in VARIABLES.items():
+        settings.add_row(variable, meaning)
+    console.print(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""Every op through the dispatcher: values and gradients against float64, opcheck, compile, errors.
+
+The kernels' own files (test_cpu_*, test_triton_*) test what is particular to them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cases import ODD_ACTIVATIONS, ODD_CONVS, RESNET_CONVS, Activation, Conv
+from fastres import ops
+from fastres.ops import reference
+from tolerances import assert_within_twice
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+
+
+def small(conv: Conv) -> Conv:
+    """The same channels, kernel and stride on a picture that a test can afford."""
+    size = min(conv.size, 30 if conv.kernel == 7 else 7)
+    name = conv.name.removeprefix("imagenet-").removeprefix("cifar-")
+    return Conv(name, conv.c_in, conv.c_out, conv.kernel, conv.stride, size, n=2)
+
+
+# Both stems' networks have most of their convolutions in common.
+CONVS = (*dict.fromkeys(small(conv) for conv in RESNET_CONVS), *ODD_CONVS)
+
+
+def vectors(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, var, weight and bias of a BatchNorm that has been trained for a while."""
+    return (
+        torch.randn(channels) * 0.3,
+        torch.rand(channels) + 0.5,
+        torch.rand(channels) + 0.5,
+        torch.randn(channels) * 0.3,
+    )
+
+
+def activation(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(memory_format=torch.channels_last)
+
+
+def conv_input(conv: Conv) -> tuple[Tensor, Tensor]:
+    x = activation(conv.n, conv.c_in, conv.size, conv.size)
+    fan_in = conv.c_in * conv.kernel**2
+    w = torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel) * (2 / fan_in) ** 0.5
+    return x, w.to(memory_format=torch.channels_last)
+
+
+def conv_arguments(conv: Conv) -> tuple[list[int], list[int], list[int], int]:
+    return [conv.stride] * 2, [conv.padding] * 2, [1, 1], 1
+
+
+# What torch computes, layer by layer, in the dtype of its input; statistics as torch's own
+# batch_norm takes them.
+
+
+def torch_conv_bn_relu(x, w, mean, var, weight, bias, residual, conv: Conv, relu: bool) -> Tensor:
+    z = F.conv2d(x, w, None, conv.stride, conv.padding)
+    y = F.batch_norm(z, mean, var, weight, bias, False, 0.0, EPS)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def torch_training_unit(x, w1, g1, b1, w2, g2, b2, conv: Conv) -> Tensor:
+    """conv, bn, relu, conv, bn, add, relu with batch statistics, the first conv being 1x1."""
+    a = F.relu(F.batch_norm(F.conv2d(x, w1), None, None, g1, b1, True, 0.0, EPS))
+    y = F.batch_norm(
+        F.conv2d(a, w2, None, conv.stride, conv.padding), None, None, g2, b2, True, 0.0, EPS
+    )
+    return F.relu(y + torch.ones_like(y) * 0.1)
+
+
+def fastres_training_unit(x, w1, g1, b1, w2, g2, b2, conv: Conv) -> Tensor:
+    z1, m1, v1 = ops.conv_stats(x, w1, None, None, None, None, EPS, [1, 1], [0, 0], [1, 1])
+    z2, m2, v2 = ops.conv_stats(z1, w2, m1, v1, g1, b1, EPS, *conv_arguments(conv))
+    return ops.bn_add_relu(z2, m2, v2, g2, b2, EPS, torch.full_like(z2, 0.1))
+
+
+def in_dtype(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """4-d tensors in `dtype`; vectors in float32, or float64 where `dtype` is."""
+    vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return [t.detach().to(dtype if t.dim() == 4 else vector_dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_conv_bn_relu_is_as_exact_as_torch(conv: Conv, dtype: torch.dtype) -> None:
+    x, w = conv_input(conv)
+    with_residual = conv.c_out % 2 == 0
+    residual = activation(conv.n, conv.c_out, conv.out, conv.out) if with_residual else None
+    tensors = (x, w, *vectors(conv.c_out), *(() if residual is None else (residual,)))
+    lowered = in_dtype(tensors, dtype)
+    exact = in_dtype(tuple(lowered), torch.float64)
+
+    def by_torch(x, w, mean, var, weight, bias, residual=None):
+        return torch_conv_bn_relu(x, w, mean, var, weight, bias, residual, conv, True)
+
+    x, w, mean, var, weight, bias, *rest = lowered
+    packed = ops.pack_conv_weight(w, *conv_arguments(conv))
+    for packing in (None, packed):
+        y = ops.conv_bn_relu(
+            x, w, None, mean, var, weight, bias, EPS, rest[0] if rest else None,
+            *conv_arguments(conv), True, packing,
+        )  # fmt: skip
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_within_twice(y, by_torch(*lowered), by_torch(*exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.n and c.n * c.out**2 > 1], ids=str)
+def test_training_unit_is_as_exact_as_torch(conv: Conv, dtype: torch.dtype) -> None:
+    """Values and every gradient through conv_stats, its prologue and bn_add_relu."""
+    conv = conv.at(max(conv.size, 4)).batch(4)
+    x, w2 = conv_input(conv)
+    w1 = torch.randn(conv.c_in, conv.c_in, 1, 1) * (2 / conv.c_in) ** 0.5
+    _, _, g1, b1 = vectors(conv.c_in)
+    _, _, g2, b2 = vectors(conv.c_out)
+    lowered = in_dtype((x, w1, g1, b1, w2, g2, b2), dtype)
+    exact = in_dtype(tuple(lowered), torch.float64)
+    dy = torch.randn(conv.n, conv.c_out, conv.out, conv.out)
+
+    def run(unit, tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = unit(*leaves, conv)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    ours = run(fastres_training_unit, lowered)
+    theirs = run(torch_training_unit, lowered)
+    truth = run(torch_training_unit, exact)
+    names = ("y", "dx", "dw1", "dg1", "db1", "dw2", "dg2", "db2")
+    for name, a, b, c in zip(names, ours, theirs, truth, strict=True):
+        assert_within_twice(a, b, c, name)
+
+
+def test_conv_stats_where_the_mean_is_large_against_the_deviation() -> None:
+    x = activation(8, 16, 16, 16)
+    x[:, 0] += 1000
+    w = torch.eye(16)[:, :, None, None].contiguous()
+    z, mean, var = ops.conv_stats(x, w, None, None, None, None, EPS, [1, 1], [0, 0], [1, 1])
+    exact = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(var.double(), exact[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shortcut", ["none", "identity", "projection"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ODD_ACTIVATIONS, ids=str)
+def test_bn_add_relu_is_as_exact_as_torch(
+    case: Activation, dtype: torch.dtype, shortcut: str
+) -> None:
+    tensors = [activation(*case.shape), *vectors(case.c)]
+    if shortcut != "none":
+        tensors.append(activation(*case.shape))
+    if shortcut == "projection":
+        tensors += vectors(case.c)
+    lowered = in_dtype(tuple(tensors), dtype)
+    exact = in_dtype(tuple(lowered), torch.float64)
+    dy = activation(*case.shape)
+
+    def by_torch(z, mean, var, g, b, r=None, r_mean=None, r_var=None, r_g=None, r_b=None):
+        def bn(x, mean, var, g, b):
+            column = [v[:, None, None] for v in (mean, var, g, b)]
+            exact = x.to(mean.dtype)
+            y = (exact - column[0]) * (column[1] + EPS).rsqrt() * column[2] + column[3]
+            return y.to(x.dtype)
+
+        y = bn(z, mean, var, g, b)
+        if r is not None:
+            y = y + (r if r_mean is None else bn(r, r_mean, r_var, r_g, r_b))
+        return F.relu(y)
+
+    def by_fastres(z, mean, var, g, b, *residual):
+        return ops.bn_add_relu(z, mean, var, g, b, EPS, *residual)
+
+    def run(op, tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = op(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    truth = run(by_torch, exact)
+    results = zip(run(by_fastres, lowered), run(by_torch, lowered), truth, strict=True)
+    for i, (ours, theirs, exact_one) in enumerate(results):
+        # The mask is y > 0: where rounding moved y over zero, a gradient is there or not.
+        assert_within_twice(ours, theirs, exact_one, f"result {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ODD_ACTIVATIONS, ids=str)
+def test_add_relu_is_torchs(case: Activation, dtype: torch.dtype) -> None:
+    x, r = (activation(*case.shape).to(dtype).requires_grad_() for _ in range(2))
+    dy = activation(*case.shape).to(dtype)
+    y = ops.add_relu(x, r)
+    expected = F.relu(x + r)
+    assert torch.equal(y, expected)
+    ours, theirs = torch.autograd.grad(y, (x, r), dy), torch.autograd.grad(expected, (x, r), dy)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in other strides, some of them inside a larger tensor."""
+    n, c, h, w = x.shape
+    larger = torch.full((n + 1, c + 3, h + 2, w + 4), float("nan"))
+    larger = larger.to(memory_format=torch.channels_last)
+    larger[1:, 2 : c + 2, 1 : h + 1, 3 : w + 3] = x
+    spaced = torch.full((n, c, h, 2 * w), float("nan"))
+    spaced[..., ::2] = x
+    return {
+        "channels_first": x.contiguous(),
+        "slice": larger[1:, 2 : c + 2, 1 : h + 1, 3 : w + 3],
+        "every_second": spaced[..., ::2],
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+    }
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "slice", "every_second", "transposed"])
+def test_any_strides_give_the_same_bits(layout: str) -> None:
+    conv = Conv("layout", 20, 18, 3, 1, 9, n=2)
+    x, w = conv_input(conv)
+    mean, var, g, b = vectors(20)
+    m2, v2, g2, b2 = vectors(18)
+    r = activation(2, 18, 9, 9)
+    rest = conv_arguments(conv)
+
+    def all_ops(x: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.requires_grad_() for t in (x.detach(), w.detach(), r.detach())]
+        x, w, r = leaves
+        y = ops.conv_bn_relu(x, w, None, m2, v2, g2, b2, EPS, r, *rest)
+        z, zm, zv = ops.conv_stats(x, w, mean, var, g, b, EPS, *rest)
+        out = ops.bn_add_relu(z, zm, zv, g2, b2, EPS, r)
+        total = ops.add_relu(y, out)
+        return y, z, zm, zv, out, total, *torch.autograd.grad(total.square().sum(), leaves)
+
+    expected = all_ops(x, w, r)
+    actual = all_ops(layouts(x)[layout], layouts(w)[layout], layouts(r)[layout])
+    for i, (a, b_) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, b_, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"{i}: {m}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_pass_as_in_torch(value: float) -> None:
+    x = activation(1, 32, 6, 6)
+    x[0, 3, 2, 2] = value
+    w = torch.randn(32, 32, 3, 3)
+    m, v, g, b = vectors(32)
+    conv = Conv("nan", 32, 32, 3, 1, 6)
+    ours = ops.conv_bn_relu(x, w, None, m, v, g, b, EPS, None, *conv_arguments(conv))
+    theirs = torch_conv_bn_relu(x, w, m, v, g, b, None, conv, True)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isinf(), theirs.isinf())
+    r = torch.zeros_like(x)
+    assert torch.equal(ops.add_relu(x, r), F.relu(x + r)) or value != value
+    assert torch.equal(ops.add_relu(x, r).isnan(), F.relu(x + r).isnan())
+    leaf, theirs_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(ops.add_relu(leaf, r).sum(), leaf)
+    (theirs_dx,) = torch.autograd.grad(F.relu(theirs_leaf + r).sum(), theirs_leaf)
+    assert torch.equal(dx, theirs_dx)
+
+
+def opcheck_arguments(dtype: torch.dtype) -> dict[str, tuple]:
+    def leaf(*shape: int) -> Tensor:
+        x = torch.randn(*shape)
+        return (x.to(dtype) if len(shape) == 4 else x.abs() + 0.1).requires_grad_()
+
+    x, w, r = leaf(2, 5, 7, 6), leaf(4, 5, 3, 3), leaf(2, 4, 7, 6)
+    v5 = [leaf(5) for _ in range(4)]
+    v4 = [leaf(4) for _ in range(8)]
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    z = leaf(2, 4, 7, 6)
+    plain = [t.detach() for t in (z, r, x, w)]
+    fixed4, fixed5 = [t.detach() for t in v4], [t.detach() for t in v5]
+    none3 = (None, None, None)
+    return {
+        "add_relu": (z, r),
+        "add_relu_backward": (plain[0], plain[1]),
+        "bn_add_relu": (z, *v4[:4], EPS, r, None, *none3, EPS, True),
+        "bn_add_relu_backward": (
+            plain[0], plain[1], plain[0], *fixed4[:3], EPS, plain[1], *fixed4[4:7], EPS, True,
+        ),
+        "pack_conv_weight": (w, *geometry),
+        "conv_bn_relu": (x, w, None, *fixed4[:2], *v4[2:4], EPS, r, *geometry, True, None),
+        "conv_stats": (x, w, *v5, EPS, *geometry),
+        "conv_stats_backward": (
+            plain[0], *fixed4[:2], plain[2], plain[3], plain[1], fixed4[2], *fixed5, EPS,
+            *geometry, True, True,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(opcheck_arguments(torch.float32)))
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    op = getattr(torch.ops.fastres, name).default
+    torch.library.opcheck(op, opcheck_arguments(dtype)[name])
+
+
+def test_projection_and_no_affine_pass_opcheck() -> None:
+    z, r = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2))
+    v = [(torch.rand(4) + 0.1).requires_grad_() for _ in range(8)]
+    op = torch.ops.fastres.bn_add_relu.default
+    torch.library.opcheck(op, (z, *v[:4], EPS, r, *v[4:], EPS, True))
+    torch.library.opcheck(op, (z, *v[:2], None, None, EPS, r, *v[4:6], None, None, EPS, False))
+    torch.library.opcheck(op, (z, *v[:4], EPS, None, None, None, None, None, EPS, True))
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.double, requires_grad=True)
+
+
+def positive(channels: int) -> Tensor:
+    return (torch.rand(channels, dtype=torch.double) + 0.5).requires_grad_()
+
+
+@pytest.mark.parametrize("geometry", [(3, 1, 1, 1), (3, 2, 1, 1), (1, 2, 1, 1), (3, 1, 2, 2)])
+def test_conv_gradients_by_gradcheck(geometry: tuple[int, int, int, int]) -> None:
+    kernel, stride, dilation, groups = geometry
+    rest = ([stride] * 2, [kernel // 2] * 2, [dilation] * 2, groups)
+    x, w = double(2, 4, 6, 5), double(6, 4 // groups, kernel, kernel)
+    prologue = (double(4), positive(4), double(4), double(4))
+    assert torch.autograd.gradcheck(
+        lambda *args: ops.conv_stats(*args, EPS, *rest), (x, w, *prologue)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: ops.conv_stats(x, w, None, None, None, None, EPS, *rest), (x, w)
+    )
+    bn = (double(6), double(6), positive(6), double(6), double(6))
+    y = ops.conv_bn_relu(x, w, *bn, EPS, None, *rest)
+    residual = double(*y.shape)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b, m, v, g, t, r: ops.conv_bn_relu(x, w, b, m, v, g, t, EPS, r, *rest),
+        (x, w, *bn, residual),
+    )
+
+
+def test_other_gradients_by_gradcheck() -> None:
+    z, r = double(2, 4, 3, 5), double(2, 4, 3, 5)
+    bn, bn2 = ((double(4), positive(4), double(4), double(4)) for _ in range(2))
+    assert torch.autograd.gradcheck(ops.add_relu, (z, r))
+    assert torch.autograd.gradcheck(lambda z, *v: ops.bn_add_relu(z, *v, EPS), (z, *bn))
+    assert torch.autograd.gradcheck(
+        lambda z, r, *v: ops.bn_add_relu(z, *v[:4], EPS, r, *v[4:], EPS), (z, r, *bn, *bn2)
+    )
+
+
+def test_a_second_derivative_is_refused_with_a_clear_error() -> None:
+    x, r = (torch.randn(1, 3, 4, 4, requires_grad=True) for _ in range(2))
+    (dx,) = torch.autograd.grad(ops.add_relu(x, r).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_whole(training: bool) -> None:
+    conv = Conv("compile", 8, 12, 3, 1, 6, n=2)
+    x, w = conv_input(conv)
+    m, v, g, b = vectors(12)
+
+    def unit(x: Tensor, w: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        if training:
+            z, mean, var = ops.conv_stats(x, w, None, None, None, None, EPS, *conv_arguments(conv))
+            return ops.bn_add_relu(z, mean, var, g, b, EPS, z)
+        y = ops.conv_bn_relu(x, w, None, m, v, g, b, EPS, None, *conv_arguments(conv))
+        return ops.add_relu(y, y)
+
+    def gradients(function) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, w, g, b)]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager", dynamic=True)
+    for ours, eager in zip(gradients(compiled), gradients(unit), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def bad_calls() -> dict[str, tuple]:
+    """Calls that must be refused: (what the message must name, the call)."""
+    conv = Conv("bad", 4, 6, 3, 1, 8, n=2)
+    x, w = conv_input(conv)
+    v4, v6 = vectors(4), vectors(6)
+    z = activation(2, 6, 8, 8)
+    g = conv_arguments(conv)
+    none = (None,) * 4
+
+    def fused(x=x, w=w, bn=v6, residual=None, geometry=g):
+        return ops.conv_bn_relu(x, w, None, *bn, EPS, residual, *geometry)
+
+    def stats(x=x, w=w, prologue=none, geometry=g):
+        return ops.conv_stats(x, w, *prologue, EPS, *geometry)
+
+    def norm(z=z, bn=v6, *rest):
+        return ops.bn_add_relu(z, *bn, EPS, *rest)
+
+    return {
+        "rank of input": ("input", lambda: fused(x[0])),
+        "dtype of input": ("input", lambda: fused(x.int(), w.int())),
+        "dtype of weight": ("weight", lambda: fused(x, w.double())),
+        "channels of weight": ("weight", lambda: fused(x, w[:, :3])),
+        "rank of weight": ("weight", lambda: stats(x, w[0])),
+        "length of running_mean": ("running_mean", lambda: fused(bn=(v4[0], *v6[1:]))),
+        "rank of bn_weight": ("bn_weight", lambda: fused(bn=(*v6[:2], v6[2][:, None], v6[3]))),
+        "shape of residual": ("residual", lambda: fused(residual=z[:, :, :7])),
+        "dtype of residual": ("residual", lambda: fused(residual=z.double())),
+        "stride zero": ("stride", lambda: fused(geometry=([0, 1], *g[1:]))),
+        "stride of three": ("stride", lambda: fused(geometry=([1, 1, 1], *g[1:]))),
+        "negative padding": ("padding", lambda: stats(geometry=(g[0], [-1, 0], *g[2:]))),
+        "dilation zero": ("dilation", lambda: stats(geometry=(*g[:2], [0, 0], 1))),
+        "groups": ("groups", lambda: stats(geometry=(*g[:3], 3))),
+        "groups zero": ("groups", lambda: stats(geometry=(*g[:3], 0))),
+        "too small": ("input", lambda: stats(x[:, :, :1, :1], geometry=(g[0], [0, 0], *g[2:]))),
+        "in_mean alone": ("in_var", lambda: stats(prologue=(v4[0], None, None, None))),
+        "in_weight alone": ("in_mean", lambda: stats(prologue=(None, None, v4[2], None))),
+        "length of in_mean": ("in_mean", lambda: stats(prologue=(v6[0], *v4[1:]))),
+        "length of mean": ("mean", lambda: norm(z, (v4[0], *v6[1:]))),
+        "length of bias": ("bias", lambda: norm(z, (*v6[:3], v4[3]))),
+        "bn residual": ("residual", lambda: norm(z, v6, z[:1])),
+        "residual_mean alone": ("residual_mean", lambda: norm(z, v6, None, v6[0], v6[1])),
+        "residual_var missing": ("residual_mean", lambda: norm(z, v6, z, v6[0])),
+        "add_relu rank": ("input", lambda: ops.add_relu(z[0], z[0])),
+        "add_relu shape": ("residual", lambda: ops.add_relu(z, z[:, :1])),
+        "add_relu dtype": ("residual", lambda: ops.add_relu(z, z.half())),
+        "add_relu device": ("residual", lambda: ops.add_relu(z, z.to("meta"))),
+        "pack rank": ("weight", lambda: ops.pack_conv_weight(w[0], *g)),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_calls()))
+def test_a_bad_argument_is_named(name: str) -> None:
+    argument, call = bad_calls()[name]
+    with pytest.raises(RuntimeError, match=rf"fastres::\w+: .*\b{argument}\b"):
+        call()
+
+
+@pytest.mark.parametrize("name", [n for n in bad_calls() if n != "add_relu device"])
+def test_a_bad_argument_is_named_while_tracing(name: str) -> None:
+    """The shape functions refuse what the kernels refuse."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    argument, _ = bad_calls()[name]
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=rf"fastres::\w+: .*\b{argument}\b"):
+        bad_calls()[name][1]()
+
+
+def test_the_reference_serves_devices_without_kernels() -> None:
+    for name in opcheck_arguments(torch.float32):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", "XPU")
+        assert callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", list(opcheck_arguments(torch.float32)))
+def test_the_cpu_kernel_agrees_with_the_reference(name: str) -> None:
+    arguments = opcheck_arguments(torch.float32)[name]
+    ours = getattr(torch.ops.fastres, name)(*arguments)
+    expected = getattr(reference, name)(*arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
