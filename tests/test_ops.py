@@ -219,7 +219,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "slice", "every_second", "transposed"])
-def test_any_strides_give_the_same_bits(layout: str) -> None:
+def test_any_strides_give_the_same_answer(layout: str) -> None:
     conv = Conv("layout", 20, 18, 3, 1, 9, n=2)
     x, w = conv_input(conv)
     mean, var, g, b = vectors(20)
@@ -239,7 +239,10 @@ def test_any_strides_give_the_same_bits(layout: str) -> None:
     expected = all_ops(x, w, r)
     actual = all_ops(layouts(x)[layout], layouts(w)[layout], layouts(r)[layout])
     for i, (a, b_) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(a, b_, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"{i}: {m}")
+        if i < 6:
+            assert torch.equal(a, b_), f"forward result {i}"
+        # torch's convolution backward sums in another order for another layout.
+        torch.testing.assert_close(a, b_, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -447,7 +450,7 @@ def test_a_bad_argument_is_named_while_tracing(name: str) -> None:
 
 def test_the_reference_serves_devices_without_kernels() -> None:
     for name in opcheck_arguments(torch.float32):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", "XPU")
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastres::{name}", "XPU")
         assert callable(getattr(reference, name))
 
 
