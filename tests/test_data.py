@@ -134,7 +134,7 @@ class TestSplit:
 
     @pytest.mark.parametrize("ratio", [0.001, 0.999])
     def test_empty_part_is_refused(self, ratio: float) -> None:
-        with pytest.raises(ValueError, match=f"valid_ratio is {ratio}.*at least one"):
+        with pytest.raises(data.DataError, match=f"valid_ratio is {ratio}.*at least one"):
             data.split(10, ratio, seed=0)
 
 

@@ -443,8 +443,6 @@ class TestResume:
         with monkeypatch.context() as patch:
             patch.setattr(data.Batches, "iterate", iterate)
             with pytest.raises(train.RunInterruptedError, match=f"train --out {out} --resume"):
-                train.RunInterruptedError, match=f"fastres train --out {out} --resume"
-            ):
                 fit(out)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
         saved = last(out)

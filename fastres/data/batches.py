@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.data.augment import normalize, random_crop_flip
-from fastres.data.datasets import ImageSet
+from fastres.data.datasets import DataError, ImageSet
 
 _SPLIT, _EPOCH = 1, 2  # streams of draws, so that the split and epoch 0 do not share one
 
@@ -27,11 +27,11 @@ def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions (int64) of the training and of the validation part of `n` images.
 
     Raises:
-        ValueError: one of the two parts would be empty.
+        DataError: one of the two parts would be empty.
     """
     n_valid = round(n * valid_ratio)
     if not 0 < n_valid < n:
-        raise ValueError(
+        raise DataError(
             f"valid_ratio is {valid_ratio}, which leaves {n - n_valid} of {n} images for training "
             f"and {n_valid} for validation: expected at least one in each"
         )

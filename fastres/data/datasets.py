@@ -30,7 +30,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 class DataError(RuntimeError):
-    """The data cannot be had; the message says what to do."""
+    """The data cannot be had, or not as asked; the message says what to do."""
 
 
 @dataclass(frozen=True)
