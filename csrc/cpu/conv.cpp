@@ -422,7 +422,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   s.kw = weight.size(3);
   const bool useful =
       dtype == DType::float32 && groups == 1 && dilations == std::array<int64_t, 2>{1, 1};
-  Tensor packed = empty_vector(useful ? s.packed_floats() : 0, weight.scalar_type());
+  Tensor packed = empty_vector(useful ? s.packed_floats() : 0, ScalarType::Float);
   if (packed.numel() > 0) pack(weight, s, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }

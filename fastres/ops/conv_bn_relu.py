@@ -114,7 +114,7 @@ def _fake_pack(
     weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     check_activation("pack_conv_weight", "weight", weight)
-    return weight.new_empty(packed_numel(weight, dilation, groups))
+    return weight.new_empty(packed_numel(weight, dilation, groups), dtype=torch.float32)
 
 
 def _fake(

@@ -142,7 +142,7 @@ def pack_conv_weight(
     weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     if packed_numel(weight, dilation, groups) == 0:
-        return weight.new_empty(0)
+        return weight.new_empty(0, dtype=torch.float32)
     c_out, c_in, kh, kw = weight.shape
     padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -c_out % 16))
     return padded.view(-1, 16, c_in, kh, kw).permute(0, 3, 4, 2, 1).reshape(-1).contiguous()
