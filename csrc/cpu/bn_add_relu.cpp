@@ -116,7 +116,6 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
   const Tensor dy_rows = as_channels_last(dy);
   const Tensor y_rows = relu ? as_channels_last(y) : dy_rows;
   const ChannelRows rows(z_rows, dtype);
-  const Tensor absent = empty_vector(0, parameter_dtype(type));
   Tensor dz = empty_channels_last(z.sizes(), type);
   Tensor dresidual =
       shortcut == Residual::none ? empty_vector(0, type) : empty_channels_last(z.sizes(), type);
@@ -144,26 +143,24 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
       kernels().bn_add_relu_backward[static_cast<int>(dtype)][static_cast<int>(shortcut)][relu];
   const RowSums sums = backward_sweep(rows, kernel, args);
 
-  const BatchNormGradients gradients(bn, sums[0].data(), sums[1].data());
-  Tensor dresidual_mean = absent, dresidual_var = absent, dresidual_weight = absent,
-         dresidual_bias = absent;
-  if (shortcut == Residual::bn) {
-    const BatchNormGradients of_residual(*residual_bn, sums[0].data(), sums[2].data());
-    dresidual_mean = to_channel_vector(of_residual.mean, type);
-    dresidual_var = to_channel_vector(of_residual.var, type);
-    if (residual_weight.has_value()) dresidual_weight = to_channel_vector(of_residual.weight, type);
-    dresidual_bias = to_channel_vector(of_residual.bias, type);
-  }
+  const BatchNormGradients gradients(bn, sums[0], sums[1]);
+  // Absent results are tensors of their own: a result must not be an alias of another.
+  const auto result = [&](bool present, const std::vector<double>& values) {
+    return present ? to_channel_vector(values, type) : empty_vector(0, parameter_dtype(type));
+  };
+  const BatchNormGradients of_residual = shortcut == Residual::bn
+                                             ? BatchNormGradients(*residual_bn, sums[0], sums[2])
+                                             : BatchNormGradients();
   return {dz,
-          to_channel_vector(gradients.mean, type),
-          to_channel_vector(gradients.var, type),
-          weight.has_value() ? to_channel_vector(gradients.weight, type) : absent,
-          to_channel_vector(gradients.bias, type),
+          result(true, gradients.mean),
+          result(true, gradients.var),
+          result(weight.has_value(), gradients.weight),
+          result(true, gradients.bias),
           dresidual,
-          dresidual_mean,
-          dresidual_var,
-          dresidual_weight,
-          dresidual_bias};
+          result(residual_bn.has_value(), of_residual.mean),
+          result(residual_bn.has_value(), of_residual.var),
+          result(residual_weight.has_value(), of_residual.weight),
+          result(residual_bn.has_value(), of_residual.bias)};
 }
 
 }  // namespace fastres::cpu

@@ -124,9 +124,12 @@ struct BatchNorm {
 struct BatchNormGradients {
   std::vector<double> mean, var, weight, bias;
 
-  BatchNormGradients(const BatchNorm& bn, const double* sum_g, const double* sum_gx) {
+  BatchNormGradients() = default;
+
+  BatchNormGradients(const BatchNorm& bn, const std::vector<double>& sum_g,
+                     const std::vector<double>& sum_gx)
+      : bias(sum_g) {
     const size_t channels = bn.mean.size();
-    bias.assign(sum_g, sum_g + channels);
     mean.resize(channels);
     var.resize(channels);
     weight.resize(channels);

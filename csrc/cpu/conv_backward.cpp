@@ -44,7 +44,7 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
     const int64_t reach = conv.dilation[d] * (weight.size(2 + d) - 1) + 1;
     const int64_t steps = input.size(2 + d) + 2 * conv.padding[d] - reach;
     if (weight.size(2 + d) < 1 || steps < 0) {
-      fail(kOp, "weight must have a kernel that fits the padded input, got ", shape_string(weight),
+      fail(kOp, "weight must be a kernel within the padded input, got ", shape_string(weight),
            " and input ", shape_string(input));
     }
     expected[2 + d] = steps / conv.stride[d] + 1;
@@ -130,6 +130,13 @@ struct Prologue {
   }
 };
 
+// The gradient in weight's memory format: channels_last only where weight has no other.
+Tensor in_format_of(const Tensor& weight, const Tensor& dweight) {
+  const bool channels_last = !weight.is_contiguous() && is_channels_last(weight);
+  return torch::stable::contiguous(
+      dweight, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 // (gradient of a, gradient of weight) of conv(a, weight), each where asked for.
 std::pair<OptionalTensor, OptionalTensor> convolution_backward(const Tensor& dzt, const Tensor& a,
                                                                const Tensor& weight,
@@ -174,8 +181,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
 
   const Tensor input_rows = as_channels_last(input);
   std::optional<Prologue> prologue;
+  if (in_mean.has_value() != in_var.has_value()) {
+    fail(kOp, "in_mean and in_var must be given together, got one of them only");
+  }
+  if (!in_mean.has_value() && (in_weight.has_value() || in_bias.has_value())) {
+    fail(kOp, in_weight.has_value() ? "in_weight" : "in_bias",
+         " must be None where in_mean is None, got a tensor");
+  }
   if (in_mean.has_value()) {
-    if (!in_var.has_value()) fail(kOp, "in_var must be given where in_mean is, got None");
     const auto in_vector = [&](const char* name, const auto& t) {
       return check_channel_vector(kOp, name, t, input.size(1), type);
     };
@@ -185,30 +198,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
         input_rows, dtype);
   }
 
-  const Tensor absent = empty_vector(0, type);
-  const Tensor absent_vector = empty_vector(0, parameter_dtype(type));
-  Tensor dinput = absent, dweight = absent, din_mean = absent_vector, din_var = absent_vector,
-         din_weight = absent_vector, din_bias = absent_vector;
-  if (!needs_input && !needs_weight) {
-    return {dinput, dweight, din_mean, din_var, din_weight, din_bias};
+  Tensor dinput = empty_vector(0, type), dweight = empty_vector(0, type);
+  BatchNormGradients gradients;
+  if (needs_input || needs_weight) {
+    const Tensor dzt = gradient_of_output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
+    {
+      const Tensor a = prologue && needs_weight ? prologue->apply(input_rows) : input_rows;
+      const auto [da, dw] = convolution_backward(dzt, a, weight, conv, needs_input, needs_weight);
+      if (da.has_value()) dinput = as_channels_last(*da);
+      if (dw.has_value()) dweight = in_format_of(weight, *dw);
+    }
+    if (prologue && needs_input) {
+      const RowSums sums = prologue->backward(dinput, input_rows);
+      gradients = BatchNormGradients(prologue->bn, sums[0], sums[1]);
+    }
   }
-
-  const Tensor dzt = gradient_of_output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
-  {
-    const Tensor a = prologue && needs_weight ? prologue->apply(input_rows) : input_rows;
-    const auto [da, dw] = convolution_backward(dzt, a, weight, conv, needs_input, needs_weight);
-    if (da.has_value()) dinput = as_channels_last(*da);
-    if (dw.has_value()) dweight = *dw;
-  }
-  if (prologue && needs_input) {
-    const RowSums sums = prologue->backward(dinput, input_rows);
-    const BatchNormGradients gradients(prologue->bn, sums[0].data(), sums[1].data());
-    din_mean = to_channel_vector(gradients.mean, type);
-    din_var = to_channel_vector(gradients.var, type);
-    if (in_weight.has_value()) din_weight = to_channel_vector(gradients.weight, type);
-    if (in_bias.has_value()) din_bias = to_channel_vector(gradients.bias, type);
-  }
-  return {dinput, dweight, din_mean, din_var, din_weight, din_bias};
+  const auto result = [&](bool present, const std::vector<double>& values) {
+    return present ? to_channel_vector(values, type) : empty_vector(0, parameter_dtype(type));
+  };
+  const bool prologue_gradients = prologue.has_value() && needs_input;
+  return {dinput,
+          dweight,
+          result(prologue_gradients, gradients.mean),
+          result(prologue_gradients, gradients.var),
+          result(prologue_gradients && in_weight.has_value(), gradients.weight),
+          result(prologue_gradients && in_bias.has_value(), gradients.bias)};
 }
 
 }  // namespace fastres::cpu
