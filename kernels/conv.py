@@ -47,7 +47,7 @@ CONV_TILES = {
     "wide": ConvTile(128, 256, 128, 8, 3),
     "square": ConvTile(128, 128, 128, 8, 3),
     "tall": ConvTile(128, 64, 128, 4, 4),
-    "small": ConvTile(64, 64, 128, 4, 4),
+    "small": ConvTile(64, 64, 128, 4, 3),
 }
 
 
