@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from fastres import train
+from fastres import env, train
 from fastres.data import DataError
 from fastres.train import EvalConfig, PredictConfig, TrainConfig, report
 from fastres.train.run_folder import RunFolder
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> Any:
         description="ResNets made fast without changing their answers.",
         args=arguments,
     )
-    if isinstance(config, TrainConfig) and config.resume:
+    if isinstance(config, TrainConfig) and config.resume and config.out is not None:
         saved = RunFolder.existing(config.out).read_config()
         config = tyro.cli(TrainConfig, prog="fastres train", args=arguments[1:], default=saved)
     return config
@@ -48,8 +48,6 @@ def parse(arguments: Sequence[str]) -> Any:
 def run(config: Any) -> None:
     """Do what `config` asks for."""
     if isinstance(config, EnvConfig):
-        from fastres import env
-
         env.main()
     elif isinstance(config, TrainConfig):
         train.fit(config)

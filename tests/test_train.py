@@ -542,7 +542,8 @@ class TestPredict:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
         (prediction,) = train.predict(train.PredictConfig((tmp_path / "x.png",), best, top=1))
         model, _ = train.load_model(best)
-        logits = model(data.normalize(pixels[None], sample.mean, sample.std))
+        with torch.inference_mode():
+            logits = model(data.normalize(pixels[None], sample.mean, sample.std))
         name, share = prediction.classes[0]
         assert name == sample.classes[int(logits.argmax())]
         assert share == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)

@@ -43,7 +43,7 @@ def load_model(
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {content['model_name']}: {error}") from error
-    return model.to(device, memory_format=torch.channels_last).eval(), content
+    return model.to(device).to(memory_format=torch.channels_last).eval(), content
 
 
 def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter]:

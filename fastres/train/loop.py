@@ -202,7 +202,7 @@ class _Run:
         self.model_arguments = {"stem": "cifar", "num_classes": len(dataset.classes)}
         self.dataset = dataset
         model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
