@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from harness import (
-    EAGER,
-    FACTOR,
+    Judge,
     NotInstalledError,
     Race,
     Runner,
@@ -27,7 +26,6 @@ from harness import (
     interleaved,
     median,
     reason,
-    relative_error,
     write_json,
 )
 from peaks import measure
@@ -48,29 +46,19 @@ def build_and_verify(race: Race, say: Say) -> tuple[dict[str, Runner], dict[str,
         The runners that gave the right answer, and the record's "verified" (relative errors) and
         "failed" (reasons) entries.
     """
-    exact = race.reference()
+    judge = Judge(race)
     runners: dict[str, Runner] = {}
-    errors: dict[str, float] = {}
     failed: dict[str, str] = {}
-    # Torch eager's error is the yardstick of the others', so it comes first.
-    for name in sorted(race.entrants, key=lambda entrant: entrant != EAGER):
+    # The yardstick's error is what the others' are judged by, so it comes first.
+    for name in sorted(race.entrants, key=lambda entrant: entrant != race.yardstick):
         say(f"{race.case}: {name}: building and verifying")
         try:
-            runner = race.entrants[name]()
-            error = relative_error(runner.answer(), exact)
+            runners[name] = judge.admit(name)
         except NotInstalledError:
             failed[name] = "not installed"
-            continue
         except Exception as problem:  # A rival's own failure is a result, shown as such.
             failed[name] = reason(problem)
-            continue
-        limit = race.sane if name == EAGER else FACTOR * errors.get(EAGER, 0.0) + race.floor
-        errors[name] = error
-        if error <= limit:
-            runners[name] = runner
-        else:
-            failed[name] = f"wrong answer: relative error {error:.2g}, limit {limit:.2g}"
-    return runners, {"verified": errors, "failed": failed}
+    return runners, {"verified": judge.errors, "failed": failed}
 
 
 def best(times: dict[str, float], ours: bool) -> str | None:
@@ -120,17 +108,18 @@ def run_race(race: Race, rounds: int, quick: bool, say: Say, tick: Say) -> dict[
         found, compared = race_times(race, runners, rounds, quick, tick)
     ours, rival = best(compared, True), best(compared, False)
     record: dict[str, Any] = {"suite": race.suite, "case": race.case, **found}
-    record["fastres"], record["best_rival"] = ours, rival
+    record["fastres"], record["best_rival"], record["yardstick"] = ours, rival, race.yardstick
     record["ratio"] = compared[rival] / compared[ours] if ours and rival else None
-    record["ratio_eager"] = compared[EAGER] / compared[ours] if ours and EAGER in compared else None
+    eager = race.yardstick
+    record["ratio_eager"] = compared[eager] / compared[ours] if ours and eager in compared else None
     for name in ("flops", "bytes", "images"):
         if getattr(race, name) is not None:
             record[name] = getattr(race, name)
     if race.peak:
         record["peak"] = race.peak
-    if by_memory and ours and EAGER in compared:
+    if by_memory and ours and eager in compared:
         kept = found["kept_bytes"]
-        record["ratio_kept"] = kept[EAGER] / kept[ours]
+        record["ratio_kept"] = kept[eager] / kept[ours]
     return {**record, **race.extra, **outcome, "tolerance_floor": race.floor, "quick": quick}
 
 
@@ -175,9 +164,11 @@ def _add_rows(table: Table, record: dict[str, Any]) -> None:
     ratio, eager = record["ratio"], record["ratio_eager"]
     summary = [f"best rival / fastres {ratio:.2f}" if ratio else "no ratio"]
     if eager:
-        summary.append(f"{EAGER} / fastres {eager:.2f}")
+        summary.append(f"{record['yardstick']} / fastres {eager:.2f}")
     if "ratio_kept" in record:
-        summary.append(f"kept for the backward, {EAGER} / fastres {record['ratio_kept']:.2f}")
+        summary.append(
+            f"kept for the backward, {record['yardstick']} / fastres {record['ratio_kept']:.2f}"
+        )
     if "share_of_peak" in record:
         summary.append(f"{record['share_of_peak']:.0%} of the measured {record['peak']}")
     table.add_row("", "[i]" + "; ".join(summary) + "[/i]", end_section=True)
@@ -194,7 +185,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="timings per contestant (default 9; quick 2)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--rivals", help=f"comma-separated parts of contestants' names; {EAGER} and fastres stay"
+        "--rivals",
+        help="comma-separated parts of contestants' names; torch eager and fastres stay",
     )
     parser.add_argument("--threads", type=int, help="threads of torch and of every rival")
     parser.add_argument(
@@ -214,7 +206,7 @@ def keep_rivals(race: Race, asked: str | None) -> None:
     race.entrants = {
         name: build
         for name, build in race.entrants.items()
-        if name in (EAGER, "fastres") or any(part in name.lower() for part in parts)
+        if name in (race.yardstick, "fastres") or any(part in name.lower() for part in parts)
     }
 
 

@@ -56,6 +56,7 @@ class Race:
         reference: the exact answer, by name, in float64 where memory allows.
         floor: a contestant's relative error may be `FACTOR` times torch eager's, plus this.
         sane: torch eager's own error, the yardstick, may be this.
+        yardstick: which entrant stands for torch as it comes.
         flops, bytes, images: the work of one run, for rates. FLOPs are those of the direct
             convolution, a multiply-add being two; bytes are the fewest that must be moved.
         device: "cpu" or "cuda".
@@ -73,6 +74,7 @@ class Race:
     images: int | None = None
     device: str = "cpu"
     peak: str = ""
+    yardstick: str = EAGER
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +94,37 @@ def relative_error(actual: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
         error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
         worst = max(worst, error if error == error else float("inf"))
     return worst
+
+
+class WrongAnswerError(Exception):
+    """A contestant's answer is further from the exact one than it may be."""
+
+
+class Judge:
+    """Compares answers with the exact one of a race, by the yardstick's own error."""
+
+    def __init__(self, race: Race) -> None:
+        self.race = race
+        self.exact = race.reference()
+        self.errors: dict[str, float] = {}
+
+    def admit(self, name: str) -> Runner:
+        """Build the entrant `name`, verify its answer and note its error.
+
+        Raises:
+            NotInstalledError: its package is missing.
+            WrongAnswerError: its answer is wrong.
+        """
+        runner = self.race.entrants[name]()
+        error = relative_error(runner.answer(), self.exact)
+        self.errors[name] = error
+        if name == self.race.yardstick:
+            limit = self.race.sane
+        else:
+            limit = FACTOR * self.errors.get(self.race.yardstick, 0.0) + self.race.floor
+        if not error <= limit:
+            raise WrongAnswerError(f"relative error {error:.2g}, limit {limit:.2g}")
+        return runner
 
 
 def seconds_of(run: Callable[[], Any], repetitions: int, device: str) -> float:

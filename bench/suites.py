@@ -530,6 +530,8 @@ def ops(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
 
 # Data
 
+LOADER = "DataLoader, 2 workers"
+
 
 def data_race(n: int, batch_size: int) -> Race:
     """One epoch of augmented batches; verified by the first batch without augmentation."""
@@ -570,14 +572,12 @@ def data_race(n: int, batch_size: int) -> Race:
         "fastres": lambda: runner(
             lambda augment: workloads.fastres_batches(pictures, labels, batch_size, augment)
         ),
-        EAGER: torchvision(2, v2=False),
+        LOADER: torchvision(2, v2=False),
         "DataLoader, transforms.v2": torchvision(2, v2=True),
         "DataLoader, no workers": torchvision(0, v2=False),
     }
     name = f"cifar-{n}-images-batch{batch_size}"
-    race = Race("data", name, entrants, exact, 1e-6, images=n)
-    race.extra["eager_is"] = "torchvision transforms in a DataLoader with 2 workers"
-    return race
+    return Race("data", name, entrants, exact, 1e-6, images=n, yardstick=LOADER)
 
 
 def data(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:

@@ -55,13 +55,15 @@ def markdown(records: list[dict[str, Any]], suite: str) -> str:
     if not chosen:
         raise ValueError(f"no record of suite {suite!r}")
     lines = [
-        "| case | fastres | torch eager | best rival | eager / fastres | best rival / fastres |",
+        f"| case | fastres | {chosen[0]['yardstick']} | best rival "
+        f"| {chosen[0]['yardstick']} / fastres | best rival / fastres |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for record in chosen:
         rival = record["best_rival"]
         compared = record.get("peak_bytes") or record["times"]
-        eager = _cell(record, "torch eager") if "torch eager" in compared else ""
+        yardstick = record["yardstick"]
+        eager = _cell(record, yardstick) if yardstick in compared else ""
         best = f"{_cell(record, rival)} ({rival})" if rival else "none"
         lines.append(
             f"| {record['case']} | {_cell(record, record['fastres'])} | {eager} | {best} "

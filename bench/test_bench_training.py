@@ -1,0 +1,22 @@
+"""A whole training step: forward, loss, backward, SGD."""
+
+from functools import partial
+
+import suites
+import torch
+from workloads import ModelCase, cifar
+
+CONTESTANTS = ("torch eager", "torch.compile", "fastres")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cases(quick):
+    models = [cifar("resnet18", 4)]
+    if not quick:
+        models = [cifar("resnet18", 128), ModelCase("resnet50", 224, 8)]
+    suite = "gpu-train" if DEVICE == "cuda" else "cpu-train"
+    return {str(m): partial(suites.training_race, suite, m, DEVICE) for m in models}
+
+
+def test_training_step(contest):
+    contest()
