@@ -15,7 +15,7 @@ from harness import EAGER, Race, Runner
 from rivals import Builder, load
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import ModelCase, cifar
+from workloads import QUICK, ModelCase, cifar
 
 from cases import RESNET_CONVS, Activation, Conv
 
@@ -108,7 +108,7 @@ def _inference(suite: str, cases: Sequence[ModelCase], device: str) -> Iterator[
 
 def cpu_infer(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     if options.quick:
-        return _inference("cpu-infer", [cifar("resnet18", 4)], "cpu")
+        return _inference("cpu-infer", [QUICK], "cpu")
     cases = [ModelCase(m, 224, n) for n in (1, 16) for m in ("resnet18", "resnet34", "resnet50")]
     cases += [ModelCase("resnet101", 224, 1), ModelCase("resnet152", 224, 1)]
     cases += [cifar("resnet18", 1), cifar("resnet18", 128)]
@@ -117,7 +117,7 @@ def cpu_infer(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
 
 def gpu_infer(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     if options.quick:
-        return _inference("gpu-infer", [cifar("resnet18", 4)], "cuda")
+        return _inference("gpu-infer", [QUICK], "cuda")
     cases = [ModelCase(m, 224, n) for m in ("resnet18", "resnet50") for n in (1, 32, 256)]
     return _inference("gpu-infer", cases, "cuda")
 
@@ -128,13 +128,13 @@ def _training(suite: str, cases: Sequence[ModelCase], device: str) -> Iterator:
 
 
 def cpu_train(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
-    quick = [cifar("resnet18", 4)]
+    quick = [QUICK]
     full = [cifar("resnet18", 128), ModelCase("resnet50", 224, 8)]
     return _training("cpu-train", quick if options.quick else full, "cpu")
 
 
 def gpu_train(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
-    quick = [cifar("resnet18", 4)]
+    quick = [QUICK]
     full = [ModelCase("resnet50", 224, 256), cifar("resnet18", 512)]
     return _training("gpu-train", quick if options.quick else full, "cuda")
 
@@ -150,7 +150,7 @@ def memory_race(case: ModelCase, device: str) -> Race:
 
 def memory_suite(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     if options.quick:
-        cases = [cifar("resnet18", 4)]
+        cases = [QUICK]
     elif options.device == "cuda":
         cases = [ModelCase("resnet50", 224, 256), cifar("resnet18", 512)]
     else:

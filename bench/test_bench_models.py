@@ -4,14 +4,14 @@ from functools import partial
 
 import suites
 import torch
-from workloads import ModelCase, cifar
+from workloads import QUICK, ModelCase, cifar
 
 CONTESTANTS = ("torch eager", "torch.compile", "fastres")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cases(quick):
-    models = [cifar("resnet18", 4)]
+    models = [QUICK]
     if not quick:
         models = [ModelCase(m, 224, n) for m in ("resnet18", "resnet50") for n in (1, 16)]
         models.append(cifar("resnet18", 128))

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model of the family on a batch (n, 3, size, size)."""
+    """A model of the family on a batch (n, 3, size, size); `short`: one block a stage."""
 
     model: str
     size: int
     n: int
     stem: str = "imagenet"
+    short: bool = False
 
     @property
     def classes(self) -> int:
@@ -28,11 +29,21 @@ class ModelCase:
 
     def __str__(self) -> str:
         stem = "cifar-" if self.stem == "cifar" else ""
-        return f"{stem}{self.model}-{self.size}px-n{self.n}"
+        short = "-short" if self.short else ""
+        return f"{stem}{self.model}{short}-{self.size}px-n{self.n}"
 
 
-def cifar(model: str, n: int, size: int = 32) -> ModelCase:
-    return ModelCase(model, size, n, "cifar")
+def cifar(model: str, n: int) -> ModelCase:
+    return ModelCase(model, 32, n, "cifar")
+
+
+# Compiling takes most of a quick run's time, so the model has one block of each kind.
+QUICK = ModelCase("resnet18", 32, 4, "cifar", short=True)
+
+
+def _shorten(model: nn.Module) -> None:
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        setattr(model, stage, getattr(model, stage)[:1])
 
 
 def torchvision_model(case: ModelCase) -> nn.Module:
@@ -46,6 +57,8 @@ def torchvision_model(case: ModelCase) -> nn.Module:
     if case.stem == "cifar":
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
+    if case.short:
+        _shorten(model)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.0)
@@ -63,6 +76,8 @@ def fastres_model(case: ModelCase, theirs: nn.Module) -> nn.Module:
     models = load("fastres.models")
     build = getattr(models, case.model)
     ours = build(num_classes=case.classes, stem=case.stem, fused=True)
+    if case.short:
+        _shorten(ours)
     ours.load_state_dict(theirs.state_dict())
     return ours.to(next(theirs.parameters()).device).train(theirs.training)
 
