@@ -293,8 +293,11 @@ def test_inference_conv_bn_relu(name: str, dtype: torch.dtype) -> None:
     check_conv_bn_relu(name, dtype, False, False, False)
 
 
-@pytest.mark.parametrize("tile", conv_module.CONV_TILES)
-@pytest.mark.parametrize("name", ["1x1"])
+# Ten row blocks of two columns: a whole group of rows and a short one.
+TILE_CASES = [("1x1", tile) for tile in conv_module.CONV_TILES] + [("many rows", "small")]
+
+
+@pytest.mark.parametrize(("name", "tile"), TILE_CASES)
 def test_inference_tiles(name: str, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_module, "choose_tile", lambda *args, **kwargs: tile)
     check_conv_bn_relu(name, torch.float32, True, True, True)
