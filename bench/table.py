@@ -90,9 +90,17 @@ def markdown(records: list[dict[str, Any]], suite: str) -> str:
 
 
 def filled(document: str) -> str:
-    """`document` with every marked place written anew."""
+    """`document` with every marked place written anew.
+
+    A place that is empty may wait for its file; numbers without their file are an error.
+
+    Raises:
+        FileNotFoundError: a place has contents, and its file is not there.
+    """
 
     def place(match: re.Match[str]) -> str:
+        if not match["body"] and not (ROOT / match["file"]).exists():
+            return match[0]
         records = json.loads((ROOT / match["file"]).read_text())
         return match["open"] + markdown(records, match["suite"]) + match["close"]
 

@@ -1,0 +1,151 @@
+"""The benches' own promises: nothing wrong is timed, nothing dropped, nothing measured lost."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import compare  # noqa: E402
+import memory  # noqa: E402
+import table  # noqa: E402
+from harness import NotInstalledError, Race, Runner, interleaved, relative_error  # noqa: E402
+
+EXACT = torch.arange(1.0, 9.0, dtype=torch.float64)
+
+
+def runner(value):
+    return Runner(lambda: None, lambda: {"output": value})
+
+
+def missing():
+    raise NotInstalledError("nothing is installed")
+
+
+def broken():
+    raise RuntimeError("out of order\nand more")
+
+
+def race(**entrants):
+    standard = {
+        "fastres": lambda: runner(EXACT.float()),
+        "torch eager": lambda: runner(EXACT.float() * (1 + 1e-6)),
+    }
+    return Race("test", "a-case", standard | entrants, lambda: {"output": EXACT}, 1e-6, images=2)
+
+
+def run(a_race):
+    return compare.run_race(a_race, 3, True, lambda text: None, lambda name: None)
+
+
+def test_only_right_answers_are_timed_and_the_rest_is_listed():
+    wrong = EXACT.clone()
+    wrong[3] += 0.01
+    entrants = {
+        "wrong": lambda: runner(wrong),
+        "not finite": lambda: runner(EXACT * float("nan")),
+        "other shape": lambda: runner(EXACT[None]),
+        "missing": missing,
+        "broken": broken,
+    }
+    record = run(race(**entrants))
+    assert set(record["times"]) == {"fastres", "torch eager"}
+    assert record["fastres"] == "fastres"
+    assert record["best_rival"] == "torch eager"
+    assert record["ratio"] == record["times"]["torch eager"] / record["times"]["fastres"]
+    failed = record["failed"]
+    assert failed["missing"] == "not installed"
+    assert failed["broken"] == "RuntimeError: out of order"
+    assert failed["wrong"].startswith("WrongAnswerError: relative error 0.0007")
+    assert set(failed) == set(entrants)
+
+
+def test_a_wrong_fastres_gets_no_ratio():
+    record = run(race(fastres=lambda: runner(EXACT + 1)))
+    assert record["ratio"] is None
+    assert record["ratio_eager"] is None
+    assert "fastres" in record["failed"]
+
+
+def test_relative_error_is_the_worst_of_all_names():
+    exact = {"a": torch.ones(4), "b": torch.full((4,), 10.0)}
+    actual = {"a": torch.ones(4), "b": torch.full((4,), 11.0)}
+    assert relative_error(actual, exact) == pytest.approx(0.1)
+
+
+def test_every_contestant_is_timed_in_every_round_in_turn():
+    order = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleaved(runs, rounds=3, least_seconds=0.0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert order[6:] == list("abc" + "bca" + "cab")
+
+
+def test_an_interrupted_run_keeps_what_is_complete(monkeypatch, tmp_path, capsys):
+    def suite(options):
+        def interrupt():
+            raise KeyboardInterrupt
+
+        yield "first", race
+        yield "second", interrupt
+
+    monkeypatch.setitem(compare.SUITES, "data", suite)
+    path = tmp_path / "records.json"
+    assert compare.main(["data", "--quick", "--json", str(path)]) == 130
+    (record,) = json.loads(path.read_text())
+    assert record["case"] == "a-case"
+    assert {"device", "threads", "versions", "commit", "date", "verified"} <= set(record)
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_a_gpu_suite_without_a_gpu_says_so(capsys):
+    assert compare.main(["gpu-infer", "gpu-train", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "gpu-infer: skipped" in out
+    assert "gpu-train: skipped" in out
+
+
+def test_memory_counts_what_autograd_keeps_and_what_is_held():
+    x = torch.randn(1000, requires_grad=True)
+
+    def step():
+        # exp keeps its result, sin keeps its input: the same storage, counted once.
+        x.exp().sin().sum().backward()
+        x.grad = None
+
+    assert memory.kept_bytes(step, [x]) == 4000
+    assert memory.peak_bytes(step, "cpu") >= 8000
+
+
+def test_tables_come_from_the_json_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    record = run(race())
+    record |= {"device": "a CPU", "threads": 2, "versions": {"torch": "2.15"}, "commit": "c" * 40}
+    record |= {"date": "2026-01-01T00:00:00+00:00"}
+    record["times"] = {"fastres": 0.001, "torch eager": 0.002}
+    record["ratio"] = record["ratio_eager"] = 2.0
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- bench a.json test -->\nold\n<!-- /bench -->\nafter\n")
+    assert table.main(["--check", str(document)]) == 1
+    assert table.main(["--update", str(document)]) == 0
+    assert table.main(["--check", str(document)]) == 0
+    text = document.read_text()
+    assert "| a-case | 1 ms | 2 ms | 2 ms (torch eager) | 2.00 | 2.00 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in text
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        table.main(["--check", str(document)])
+
+
+@pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
+def test_the_documents_tables_are_up_to_date(name):
+    text = (BENCH.parent / name).read_text()
+    assert table.filled(text) == text
