@@ -13,6 +13,9 @@ inline constexpr int kConvRows = 12;
 inline constexpr int kConvRows = 4;
 #endif
 inline constexpr int kConvVecs = 2;
+// How far ahead of its use a weight is asked for, in steps along the depth: it comes from the
+// second level cache or beyond, in an order that page ends hide from the hardware's prefetcher.
+inline constexpr int kPrefetchSteps = 32;
 inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
 
 // Sums over `segments` stretches of the row pointers, `length` floats each and `jump` apart.
@@ -24,15 +27,26 @@ struct ConvDepth {
 template <int M, int V>
 __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth depth,
                                          const float* weight, int64_t vec_stride, float* tile) {
-  Floats sums[M][V] = {};
+  Floats sums[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[m][v] = Floats{};
+  }
   for (int64_t segment = 0; segment < depth.segments; ++segment) {
     const float* a[M];
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) a[m] = rows[m] + segment * depth.jump;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth.length; ++k) {
       Floats b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load(weight + v * vec_stride);
+      for (int v = 0; v < V; ++v) {
+        if (v == 0 || kFloatLanes == kConvPanel) {  // else one cache line holds all vectors
+          __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel);
+        }
+        b[v] = load(weight + v * vec_stride);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Floats x = splat(a[m][k]);
@@ -42,7 +56,9 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
       weight += kConvPanel;
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(tile + (m * kConvVecs + v) * kFloatLanes, sums[m][v]);
   }
 }
@@ -65,29 +81,55 @@ FASTRES_INLINE ConvTileFn conv_tile_of(int rows) {
 #endif
 }
 
-// Stores vector v of each row of a tile, `count` <= lanes channels of it, after the epilogue.
+// Stores V whole vectors of each row of a tile after the epilogue.
+template <typename T, int V, bool kAffine, bool kResidual, bool kRelu>
+void conv_store(const ConvArgs& args, const float* tile, int rows, const int64_t* offsets,
+                int64_t channel) {
+  Floats scale[V], shift[V];
+  for (int v = 0; v < V; ++v) {
+    scale[v] = kAffine ? load(args.scale + channel + v * kFloatLanes) : Floats{};
+    shift[v] = kAffine ? load(args.shift + channel + v * kFloatLanes) : Floats{};
+  }
+  T* output = static_cast<T*>(args.output) + channel;
+  const T* residual = static_cast<const T*>(args.residual) + (kResidual ? channel : 0);
+  for (int m = 0; m < rows; ++m) {
+    for (int v = 0; v < V; ++v) {
+      Floats y = load(tile + m * kConvColumns + v * kFloatLanes);
+      if (kAffine) y = y * scale[v] + shift[v];
+      if (kResidual) y += load(residual + offsets[m] + v * kFloatLanes);
+      if (kRelu) y = relu(y);
+      store(output + offsets[m] + v * kFloatLanes, y);
+    }
+  }
+}
+
+using ConvStoreFn = void (*)(const ConvArgs&, const float*, int, const int64_t*, int64_t);
+
+template <typename T, int V>
+FASTRES_INLINE ConvStoreFn conv_store_of(const ConvArgs& args) {
+  if (args.scale == nullptr) return conv_store<T, V, false, false, false>;
+  if (args.residual == nullptr) {
+    return args.relu ? conv_store<T, V, true, false, true> : conv_store<T, V, true, false, false>;
+  }
+  return args.relu ? conv_store<T, V, true, true, true> : conv_store<T, V, true, true, false>;
+}
+
+// The same for the last, incomplete vector, which holds `count` channels.
 template <typename T>
-FASTRES_INLINE void conv_store_tile(const ConvArgs& args, const float* tile, int rows,
-                                    const int64_t* offsets, int64_t channel, int count) {
+void conv_store_partial(const ConvArgs& args, const float* tile, int rows, const int64_t* offsets,
+                        int64_t channel, int count) {
   const bool affine = args.scale != nullptr;
   const Floats scale = affine ? load(args.scale + channel) : Floats{};
   const Floats shift = affine ? load(args.shift + channel) : Floats{};
-  T* output = static_cast<T*>(args.output) + channel;
-  const T* residual =
-      args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + channel;
   for (int m = 0; m < rows; ++m) {
+    const int64_t at = offsets[m] + channel;
     Floats y = load(tile + m * kConvColumns);
     if (affine) y = y * scale + shift;
-    if (residual != nullptr) {
-      y += count == kFloatLanes ? load(residual + offsets[m])
-                                : load_partial(residual + offsets[m], count);
+    if (args.residual != nullptr) {
+      y += load_partial(static_cast<const T*>(args.residual) + at, count);
     }
     if (args.relu) y = relu(y);
-    if (count == kFloatLanes) {
-      store(output + offsets[m], y);
-    } else {
-      store_partial(output + offsets[m], y, count);
-    }
+    store_partial(static_cast<T*>(args.output) + at, y, count);
   }
 }
 
@@ -99,7 +141,8 @@ FASTRES_INLINE Doubles to_doubles(Floats x, int h) {
   return __builtin_convertvector(half, Doubles);
 }
 
-// Adds the sums of `rows` vectors, `stride` floats apart, to sums[0], sums[plane], sums[2 * plane].
+// Adds the sums of `rows` >= 1 vectors, `stride` floats apart, to sums[0], sums[plane], sums[2 *
+// plane].
 FASTRES_INLINE void conv_add_sums(const float* tile, int rows, int64_t stride, double* sums,
                                   int64_t plane) {
   Floats sum = load(tile);
@@ -218,24 +261,35 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
   const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
   const int64_t tiles = (pixels + kConvRows - 1) / kConvRows;
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
+  const ConvStoreFn store_both = conv_store_of<T, kConvVecs>(args);
+  const ConvStoreFn store_one = conv_store_of<T, 1>(args);
   alignas(64) float tile[kConvRows * kConvColumns];
   for (int64_t c = block.panel0 * kConvPanel; c < end; c += kConvColumns) {
-    const int vecs =
-        static_cast<int>(min<int64_t>(kConvVecs, (end - c + kFloatLanes - 1) / kFloatLanes));
+    const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
+    const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
+    const int vecs = whole + (rest != 0 ? 1 : 0);
     const float* weight = args.weight + c / kConvPanel * panel_floats + c % kConvPanel;
+    int64_t first = 0;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = t * pixels / tiles;
-      const int rows = static_cast<int>((t + 1) * pixels / tiles - first);
+      const int rows = static_cast<int>(pixels / tiles + (t < pixels % tiles ? 1 : 0));
+      const int64_t* offsets = scratch.offsets + first;
       const ConvTileFn compute =
           vecs == kConvVecs ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
       compute(scratch.rows + first, depth, weight, vec_stride, tile);
-      for (int v = 0; v < vecs; ++v) {
-        const int64_t channel = c + v * kFloatLanes;
-        const int count = static_cast<int>(min<int64_t>(kFloatLanes, end - channel));
-        const float* column = tile + v * kFloatLanes;
-        conv_store_tile<T>(args, column, rows, scratch.offsets + first, channel, count);
-        if (sums != nullptr) conv_add_sums(column, rows, kConvColumns, sums + channel, plane);
+      if (whole == kConvVecs) {
+        store_both(args, tile, rows, offsets, c);
+      } else if (whole == 1) {
+        store_one(args, tile, rows, offsets, c);
       }
+      if (rest != 0) {
+        conv_store_partial<T>(args, tile + whole * kFloatLanes, rows, offsets,
+                              c + whole * kFloatLanes, rest);
+      }
+      for (int v = 0; sums != nullptr && v < vecs; ++v) {
+        conv_add_sums(tile + v * kFloatLanes, rows, kConvColumns, sums + c + v * kFloatLanes,
+                      plane);
+      }
+      first += rows;
     }
   }
 }
