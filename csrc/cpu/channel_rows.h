@@ -1,6 +1,8 @@
 // Channels_last images as a matrix (rows, channels), and the per-channel vectors beside it.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -40,6 +42,17 @@ struct ChannelRows {
 
   // Element range of tiled rows [begin, end).
   int64_t element(int64_t tiled_row) const { return std::min(tiled_row * period, numel); }
+
+  // The values of a channel, one in each tile of (Count, period) sums, added up.
+  template <size_t Count>
+  std::array<std::vector<double>, Count> fold(const double* sums) const {
+    std::array<std::vector<double>, Count> totals;
+    for (size_t sum = 0; sum < Count; ++sum) {
+      totals[sum].assign(channels, 0.0);
+      for (int64_t i = 0; i < period; ++i) totals[sum][i % channels] += sums[sum * period + i];
+    }
+    return totals;
+  }
 
   template <typename F>
   void parallel_for(const F& on_elements) const {

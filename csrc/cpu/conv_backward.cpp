@@ -2,6 +2,7 @@
 
 #include "backward_sweep.h"
 #include "channel_rows.h"
+#include "conv_backward_gemm.h"
 #include "ops.h"
 #include "tensor_checks.h"
 
@@ -56,36 +57,52 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
   }
 }
 
-// dz + dmean/n + dvar*2*(z - mean)/n: z's gradient, its mean's and its variance's as one.
-Tensor gradient_of_output(const Tensor& dz, const Tensor& dmean, const Tensor& dvar,
-                          const Tensor& z, const Tensor& mean, DType dtype) {
-  const Tensor dz_rows = as_channels_last(dz);
-  const Tensor z_rows = as_channels_last(z);
-  Tensor dzt = empty_channels_last(z.sizes(), z.scalar_type());
-  const ChannelRows rows(z_rows, dtype);
-  if (rows.numel == 0) return dzt;
-  const double n = static_cast<double>(rows.numel / rows.channels);
-  std::vector<double> constant = channel_values(dmean, rows.channels, 0.0);
-  std::vector<double> slope = channel_values(dvar, rows.channels, 0.0);
-  for (int64_t c = 0; c < rows.channels; ++c) {
-    constant[c] /= n;
-    slope[c] *= 2.0 / n;
+// dzt = dz + dmean/n + dvar*2*(z - mean)/n: z's gradient, its mean's and its variance's as one.
+class OutputGradient {
+ public:
+  OutputGradient(const Tensor& dz, const Tensor& dmean, const Tensor& dvar, const Tensor& z,
+                 const Tensor& mean, DType dtype)
+      : dz_(as_channels_last(dz)), z_(as_channels_last(z)), rows_(z_, dtype) {
+    if (rows_.numel == 0) return;
+    const double n = static_cast<double>(rows_.numel / rows_.channels);
+    std::vector<double> constant = channel_values(dmean, rows_.channels, 0.0);
+    std::vector<double> slope = channel_values(dvar, rows_.channels, 0.0);
+    for (int64_t c = 0; c < rows_.channels; ++c) {
+      constant[c] /= n;
+      slope[c] *= 2.0 / n;
+    }
+    mean_ = TiledVector(rows_, channel_values(mean, rows_.channels, 0.0));
+    constant_ = TiledVector(rows_, constant);
+    slope_ = TiledVector(rows_, slope);
   }
-  const TiledVector tiled_mean(rows, channel_values(mean, rows.channels, 0.0)),
-      tiled_constant(rows, constant), tiled_slope(rows, slope);
-  const BnStatsBackwardArgs args{
-      .dz = dz_rows.const_data_ptr(),
-      .z = z_rows.const_data_ptr(),
-      .dzt = dzt.mutable_data_ptr(),
-      .mean = tiled_mean.data(),
-      .constant = tiled_constant.data(),
-      .slope = tiled_slope.data(),
-      .period = rows.period,
-  };
-  const auto kernel = kernels().bn_stats_backward[static_cast<int>(dtype)];
-  rows.parallel_for([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return dzt;
-}
+
+  // What its kernel takes, but for dzt.
+  BnStatsBackwardArgs args() const {
+    BnStatsBackwardArgs args{};
+    args.dz = dz_.const_data_ptr();
+    args.z = z_.const_data_ptr();
+    args.mean = mean_.data();
+    args.constant = constant_.data();
+    args.slope = slope_.data();
+    args.period = rows_.period;
+    return args;
+  }
+
+  Tensor compute() const {
+    Tensor dzt = empty_channels_last(z_.sizes(), z_.scalar_type());
+    if (rows_.numel == 0) return dzt;
+    BnStatsBackwardArgs args = this->args();
+    args.dzt = dzt.mutable_data_ptr();
+    const auto kernel = kernels().bn_stats_backward[static_cast<int>(rows_.dtype)];
+    rows_.parallel_for([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    return dzt;
+  }
+
+ private:
+  Tensor dz_, z_;
+  ChannelRows rows_;
+  TiledVector mean_, constant_, slope_;
+};
 
 // The BatchNorm and ReLU that the convolution applies as it loads its input.
 struct Prologue {
@@ -156,6 +173,113 @@ std::pair<OptionalTensor, OptionalTensor> convolution_backward(const Tensor& dzt
           needs_weight ? OptionalTensor(dweight) : std::nullopt};
 }
 
+// Where backward_gemm is the faster of the two, as measured. oneDNN is good at larger kernels
+// without a stride, but for pictures too narrow for its tiles, and at an image's three channels.
+bool gemm_is_faster(const Tensor& input, const Tensor& weight, const Tensor& z,
+                    const ConvShape& conv) {
+  constexpr int64_t fewest_channels = 16, narrow = 8;
+  if (input.scalar_type() != ScalarType::Float || conv.groups != 1 || z.numel() == 0) return false;
+  const bool larger_kernel = weight.size(2) > 1 || weight.size(3) > 1;
+  const bool strided = conv.stride[0] > 1 || conv.stride[1] > 1;
+  return input.size(1) >= fewest_channels && (!larger_kernel || strided || z.size(3) < narrow);
+}
+
+struct Gradients {
+  OptionalTensor input, weight;
+  BatchNormGradients vectors;
+};
+
+// Through aten; a prologue's result exists as long as the weight's gradient takes.
+Gradients backward_aten(const OutputGradient& output, const Tensor& input, const Tensor& weight,
+                        const std::optional<Prologue>& prologue, const ConvShape& conv,
+                        bool needs_input, bool needs_weight) {
+  Gradients gradients;
+  {
+    const Tensor a = prologue && needs_weight ? prologue->apply(input) : input;
+    const auto [da, dweight] =
+        convolution_backward(output.compute(), a, weight, conv, needs_input, needs_weight);
+    if (da.has_value()) gradients.input = as_channels_last(*da);
+    gradients.weight = dweight;
+  }
+  if (prologue && needs_input) {
+    const RowSums sums = prologue->backward(*gradients.input, input);
+    gradients.vectors = BatchNormGradients(prologue->bn, sums[0], sums[1]);
+  }
+  return gradients;
+}
+
+// The weight's gradient by blocks of matrix products, and for 1x1 without padding the input's as
+// well; the other convolutions' input gradient through aten. float32, not grouped, not empty.
+Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const Tensor& weight,
+                        const Tensor& z, const std::optional<Prologue>& prologue,
+                        const ConvShape& conv, bool needs_input, bool needs_weight) {
+  const bool pointwise =
+      weight.size(2) == 1 && weight.size(3) == 1 && conv.padding[0] == 0 && conv.padding[1] == 0;
+  const bool strided = conv.stride[0] != 1 || conv.stride[1] != 1;
+  const Tensor weight_rows = as_channels_last(weight);
+  Gradients gradients;
+  ConvBackwardGemm gemm;
+  gemm.geometry = {
+      .n = input.size(0),
+      .ih = input.size(2),
+      .iw = input.size(3),
+      .ci = input.size(1),
+      .oh = z.size(2),
+      .ow = z.size(3),
+      .co = z.size(1),
+      .kh = weight.size(2),
+      .kw = weight.size(3),
+      .stride_h = conv.stride[0],
+      .stride_w = conv.stride[1],
+      .pad_h = conv.padding[0],
+      .pad_w = conv.padding[1],
+      .dilation_h = conv.dilation[0],
+      .dilation_w = conv.dilation[1],
+  };
+  gemm.input = static_cast<const float*>(input.const_data_ptr());
+  gemm.weight = static_cast<const float*>(weight_rows.const_data_ptr());
+  gemm.dzt_args = output.args();
+  if (prologue) {
+    gemm.in_mean = static_cast<const float*>(prologue->mean.data());
+    gemm.in_scale = static_cast<const float*>(prologue->scale.data());
+    gemm.in_bias = static_cast<const float*>(prologue->bias.data());
+    gemm.in_period = prologue->rows.period;
+  }
+  if (needs_weight) {
+    gradients.weight = empty_channels_last(weight.sizes(), ScalarType::Float);
+    gemm.dweight = static_cast<float*>(gradients.weight->mutable_data_ptr());
+  }
+  OptionalTensor dzt;
+  if (needs_input && !pointwise) {
+    dzt = output.compute();
+    gemm.dzt = static_cast<const float*>(dzt->const_data_ptr());
+    gradients.input =
+        as_channels_last(*convolution_backward(*dzt, input, weight_rows, conv, true, false).first);
+  }
+  std::vector<double> sums;
+  if (needs_input && pointwise) {
+    gradients.input = empty_channels_last(input.sizes(), ScalarType::Float);
+    if (strided) torch::stable::zero_(*gradients.input);
+    gemm.dinput = static_cast<float*>(gradients.input->mutable_data_ptr());
+    if (prologue && !strided) {
+      sums.resize(2 * gemm.in_period);
+      gemm.in_sums = sums.data();
+    }
+  }
+  if (gemm.dweight != nullptr || gemm.dinput != nullptr) gemm.run();
+
+  if (prologue && needs_input) {
+    if (gemm.in_sums != nullptr) {
+      const auto [sum_g, sum_gx] = prologue->rows.fold<2>(sums.data());
+      gradients.vectors = BatchNormGradients(prologue->bn, sum_g, sum_gx);
+    } else {
+      const RowSums row_sums = prologue->backward(*gradients.input, input);
+      gradients.vectors = BatchNormGradients(prologue->bn, row_sums[0], row_sums[1]);
+    }
+  }
+  return gradients;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
@@ -199,19 +323,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   }
 
   Tensor dinput = empty_vector(0, type), dweight = empty_vector(0, type);
-  BatchNormGradients gradients;
+  BatchNormGradients vectors;
   if (needs_input || needs_weight) {
-    const Tensor dzt = gradient_of_output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
-    {
-      const Tensor a = prologue && needs_weight ? prologue->apply(input_rows) : input_rows;
-      const auto [da, dw] = convolution_backward(dzt, a, weight, conv, needs_input, needs_weight);
-      if (da.has_value()) dinput = as_channels_last(*da);
-      if (dw.has_value()) dweight = in_format_of(weight, *dw);
-    }
-    if (prologue && needs_input) {
-      const RowSums sums = prologue->backward(dinput, input_rows);
-      gradients = BatchNormGradients(prologue->bn, sums[0], sums[1]);
-    }
+    const OutputGradient output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
+    const bool gemm = gemm_is_faster(input, weight, z, conv);
+    const Gradients gradients =
+        gemm ? backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input,
+                             needs_weight)
+             : backward_aten(output, input_rows, weight, prologue, conv, needs_input, needs_weight);
+    if (needs_input) dinput = *gradients.input;
+    if (needs_weight) dweight = in_format_of(weight, *gradients.weight);
+    vectors = gradients.vectors;
   }
   const auto result = [&](bool present, const std::vector<double>& values) {
     return present ? to_channel_vector(values, type) : empty_vector(0, parameter_dtype(type));
@@ -219,10 +341,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   const bool prologue_gradients = prologue.has_value() && needs_input;
   return {dinput,
           dweight,
-          result(prologue_gradients, gradients.mean),
-          result(prologue_gradients, gradients.var),
-          result(prologue_gradients && in_weight.has_value(), gradients.weight),
-          result(prologue_gradients && in_bias.has_value(), gradients.bias)};
+          result(prologue_gradients, vectors.mean),
+          result(prologue_gradients, vectors.var),
+          result(prologue_gradients && in_weight.has_value(), vectors.weight),
+          result(prologue_gradients && in_bias.has_value(), vectors.bias)};
 }
 
 }  // namespace fastres::cpu

@@ -32,4 +32,50 @@ void bn_stats_backward(const BnStatsBackwardArgs& args, int64_t begin, int64_t e
   }
 }
 
+// One pixel's n channels, after the prologue if there is one.
+template <bool Prologue>
+FASTRES_INLINE void gather_pixel(const GatherArgs& args, const float* pixel, float* out) {
+  const int64_t n = args.geometry.ci;
+  auto value = [&](int64_t i, auto load_at) FASTRES_LAMBDA_INLINE -> Floats {
+    if constexpr (!Prologue) return load_at(pixel + i);
+    return relu((load_at(pixel + i) - load_at(args.mean + i)) * load_at(args.scale + i) +
+                load_at(args.bias + i));
+  };
+  int64_t i = 0;
+  for (; i + kFloatLanes <= n; i += kFloatLanes) {
+    store(out + i, value(i, [](const float* p) FASTRES_LAMBDA_INLINE { return load(p); }));
+  }
+  if (const int rest = static_cast<int>(n - i); rest > 0) {
+    auto part = [rest](const float* p) FASTRES_LAMBDA_INLINE { return load_partial(p, rest); };
+    store_partial(out + i, value(i, part), rest);
+  }
+}
+
+template <bool Prologue>
+void conv_gather_rows(const GatherArgs& args, int64_t begin, int64_t end, float* columns) {
+  const ConvGeometry& g = args.geometry;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t image = row / (g.oh * g.ow);
+    const int64_t top = row / g.ow % g.oh * g.stride_h - g.pad_h;
+    const int64_t left = row % g.ow * g.stride_w - g.pad_w;
+    for (int64_t kh = 0; kh < g.kh; ++kh) {
+      const int64_t h = top + kh * g.dilation_h;
+      for (int64_t kw = 0; kw < g.kw; ++kw, columns += g.ci) {
+        const int64_t w = left + kw * g.dilation_w;
+        if (h < 0 || h >= g.ih || w < 0 || w >= g.iw) {
+          for (int64_t i = 0; i < g.ci; ++i) columns[i] = 0;
+        } else {
+          gather_pixel<Prologue>(args, args.input + ((image * g.ih + h) * g.iw + w) * g.ci,
+                                 columns);
+        }
+      }
+    }
+  }
+}
+
+inline void conv_gather(const GatherArgs& args, int64_t begin, int64_t end, float* columns) {
+  (args.mean != nullptr ? conv_gather_rows<true> : conv_gather_rows<false>)(args, begin, end,
+                                                                            columns);
+}
+
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -71,6 +71,24 @@ struct BnStatsBackwardArgs {
   int64_t period;
 };
 
+// (n, ih, iw, ci) -> (n, oh, ow, co), not grouped.
+struct ConvGeometry {
+  int64_t n, ih, iw, ci, oh, ow, co, kh, kw;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct GatherArgs {
+  ConvGeometry geometry;
+  const float* input;
+  // Prologue relu((input - mean) * scale + bias), or null.
+  const float* mean;
+  const float* scale;
+  const float* bias;
+};
+
+// Output pixels [begin, end): for each, the inputs (kh, kw, ci) that it is made of, 0 outside.
+using ConvGatherFn = void (*)(const GatherArgs&, int64_t begin, int64_t end, float* columns);
+
 // Elements [begin, end) of dense images; begin is a multiple of the period.
 using AddReluFn = void (*)(const void* input, const void* residual, void* y, int64_t begin,
                            int64_t end);
@@ -88,6 +106,7 @@ struct KernelTable {
   BnAddReluBackwardFn bn_add_relu_backward[kDTypes][kResiduals][2];
   BnAddReluBackwardFn prologue_backward[kDTypes];  // Mask::affine, Residual::none
   BnStatsBackwardFn bn_stats_backward[kDTypes];
+  ConvGatherFn conv_gather;
 
   int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
   ConvBlockFn conv_block[kDTypes];  // none for float64

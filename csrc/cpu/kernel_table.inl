@@ -36,6 +36,7 @@ constexpr void set_entries(KernelTable& t, DType dtype) {
 constexpr KernelTable make_table() {
   KernelTable t{};
   t.vector_bytes = kVecBytes;
+  t.conv_gather = conv_gather;
   set_entries<float>(t, DType::float32);
   set_entries<bfloat16>(t, DType::bfloat16);
   set_entries<float16>(t, DType::float16);
