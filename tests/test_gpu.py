@@ -1,15 +1,18 @@
 """Every op on a GPU against float64, torch's own error in the same dtype being the yardstick."""
 
+import copy
 import importlib
 import math
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+import fastres
 from cases import ODD_ACTIVATIONS, ODD_CONVS, RESNET_CONVS, Activation, Conv
 from fastres.ops import reference
-from tolerances import assert_within_twice
+from tolerances import assert_within_twice, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -225,3 +228,33 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.add_relu.default, (z, z))
     call = (x, weight, None, *affine(48), EPS, None, *options, True, None)
     torch.library.opcheck(ops.conv_bn_relu.default, call)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_model(depth: int, stem: str, train: bool) -> None:
+    build = getattr(fastres, f"resnet{depth}")
+    plain = build(num_classes=10, stem=stem).to(DEVICE, memory_format=torch.channels_last)
+    fused = build(num_classes=10, stem=stem, fused=True)
+    fused = fused.to(DEVICE, memory_format=torch.channels_last)
+    fused.load_state_dict(plain.state_dict())
+    exact = copy.deepcopy(plain).double()
+    x = activation((8, 3, 64, 64), torch.float32)
+    target = torch.arange(8, device=DEVICE)
+    outputs = []
+    for model, images in ((fused, x), (plain, x), (exact, x.double())):
+        outputs.append(model.train(train)(images))
+        F.cross_entropy(outputs[-1], target).backward()
+    # Roundings grow layer by layer, and differently: four times torch's error, not twice.
+    assert_within_twice(*(output.detach() for output in outputs), "output", factor=4)
+    states = (fused.state_dict(), plain.state_dict(), exact.state_dict())
+    for name in (key for key in states[0] if "running" in key):
+        assert_within_twice(*(state[name] for state in states), name, factor=4)
+    # All gradients as one vector, and a floor: a ReLU that rounding flips is a step, not an error.
+    gradients = (
+        torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        for model in (fused, plain, exact)
+    )
+    ours, theirs, true = gradients
+    assert relative_error(ours, true) <= 4 * relative_error(theirs, true) + 2e-3
