@@ -39,16 +39,18 @@ def assert_within_twice(
     exact: Tensor,
     name: str = "result",
     factor: float = FACTOR,
+    computed_in: torch.dtype | None = None,
 ) -> None:
     """Assert that `actual` is as close to `exact` (float64) as torch is, up to `factor`.
 
-    Both the Euclidean and the largest error count. The floor is one rounding of the result (for
-    the largest error, of an element eight times the root mean square).
+    Both the Euclidean and the largest error count. The floor is one rounding in `computed_in`, the
+    dtype of the activations, `actual`'s if None (for the largest error, of an element eight times
+    the root mean square).
     """
     assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
     if exact.numel() == 0:
         return
-    floor = FLOOR[actual.dtype]
+    floor = FLOOR[computed_in or actual.dtype]
     for measure, least in ((relative_error, floor), (largest_error, 8 * floor)):
         ours, theirs = measure(actual, exact), measure(torch_result, exact)
         limit = factor * theirs + least
