@@ -118,8 +118,12 @@ def check_training(problem: Problem, prologue: bool) -> None:
     theirs = problem.training(reference.conv_stats, same, prologue)
     assert actual[0].dtype == problem.dtype
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
-    for name, a, t, e in zip(("z", "mean", "var"), actual, theirs, exact, strict=True):
-        assert_within_twice(a, t, e, name)
+    assert_within_twice(actual[0], theirs[0], exact[0], "z")
+    assert_within_twice(actual[2], theirs[2], exact[2], "var")
+    # A mean near zero is a difference of large numbers: judge it beside the deviation.
+    size = (exact[1].square() + exact[2]).sqrt().norm()
+    ours_error, their_error = ((m[1].double() - exact[1]).norm() for m in (actual, theirs))
+    assert ours_error <= 2 * their_error + 2e-7 * size
 
 
 @pytest.mark.parametrize("case", SMALL_RESNET_CONVS, ids=str)
@@ -343,17 +347,10 @@ def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lower_instruction_sets(isa: str) -> None:
     if isa not in _C.available_cpu_capabilities():
         pytest.skip(f"this processor has no {isa}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--import-mode=importlib",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
+    some = "uneven or packed and (odd or nan or large_mean or layouts)"
     result = subprocess.run(
-        [*command, str(Path(__file__))],
+        [*command, "-p", "no:cacheprovider", "-k", some, str(Path(__file__))],
         env=os.environ | {"FASTRES_CPU_CAPABILITY": isa},
         capture_output=True,
         text=True,

@@ -179,10 +179,13 @@ struct Plan {
   int64_t pixel_blocks() const { return image_blocks * row_blocks * column_blocks; }
 };
 
-// A block's float rows, where it copies them, and its pixels' pointers stay within these, or are
-// what one register tile needs: kh rows of kConvRows pixels.
+// A block's input, of which it may hold a copy, fits beside a panel of weights in a second level
+// cache of 512 KB; where all the weights do not, larger blocks read them less often. A block is at
+// least a few register tiles. That bounds a thread's scratch: 8 kConvRows pixels' windows, kh * kw
+// * ci floats each, or twice these bytes, and 16 bytes a pixel.
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kBlockPixels = 1024;
+constexpr int64_t kLargeWeights = 2 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -210,8 +213,9 @@ Plan make_plan(const ConvShape& s, const KernelTable& table, int64_t threads) {
     }
   }
   const int64_t pixel_bytes = s.ci * 4 * std::min(s.stride[0], s.kh) * std::min(s.stride[1], s.kw);
+  const int64_t bytes = s.packed_floats() * 4 > kLargeWeights ? 2 * kBlockBytes : kBlockBytes;
   const int64_t target =
-      std::clamp<int64_t>(kBlockBytes / pixel_bytes, 8 * table.conv_rows, kBlockPixels);
+      std::clamp<int64_t>(bytes / pixel_bytes, 8 * table.conv_rows, kBlockPixels);
   // The smallest number of blocks >= `blocks` that divides evenly among the chunks, if <= most.
   const auto balanced = [&](int64_t others, int64_t blocks, int64_t most) {
     int64_t count = blocks;
