@@ -1,5 +1,7 @@
 """The family against torchvision: parameters, state_dict, answers, gradients."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 from fastres import models
 from fastres.models.resnet import ZeroPadShortcut
+from tolerances import assert_within_twice, relative_error
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -143,3 +146,152 @@ def test_an_unknown_argument_is_named():
         models.resnet18(pretraned=True)
     with pytest.raises(KeyError, match="IMAGENET22K"):
         models.resnet18(weights="IMAGENET22K")
+
+
+def well_conditioned(model, seed=0):
+    """Give every BatchNorm channels that are clearly on or clearly off.
+
+    A ReLU's gradient jumps at zero: where a rounding error moves an input across it, one
+    element's gradient is all error, in torch as here, and by chance. Shifts of six deviations,
+    of one sign for a channel in all of a stage, leave only errors that algorithms make.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            channels = module.num_features
+            off = torch.arange(channels) % 4 == 3
+            shift = 6 + torch.rand(channels, generator=generator)
+            with torch.no_grad():
+                module.weight.copy_(0.5 + torch.rand(channels, generator=generator))
+                module.bias.copy_(torch.where(off, -shift, shift) * module.weight)
+    return model
+
+
+def twin(name, state, *, fused, **kwargs):
+    """A model of fastres with a copy of ``state``, without the time of initialising it."""
+    with torch.device("meta"):
+        model = getattr(models, name)(fused=fused, **kwargs)
+    model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    return model
+
+
+def step(model, x, target, *, train):
+    """Output, float buffers and gradients of one forward and backward, by name."""
+    model.train(train)
+    logits = model(x.to(model.fc.weight.dtype))
+    F.cross_entropy(logits, target).backward()
+    results = {"logits": logits.detach()}
+    results |= {key: value for key, value in model.named_buffers() if value.is_floating_point()}
+    results |= {key: value.grad for key, value in model.named_parameters()}
+    model.zero_grad()
+    return {key: value.clone() for key, value in results.items()}
+
+
+@pytest.fixture(scope="module", params=DEPTHS)
+def yardstick(request):
+    """For one depth: weights, data, the exact results, and torchvision's own in float32."""
+    theirs = well_conditioned(build_torchvision(request.param, num_classes=10))
+    torch.manual_seed(1)
+    x, target = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    exact = copy.deepcopy(theirs).double()
+    for module in exact.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # one batch sets the running statistics
+    with torch.no_grad():
+        exact(x.double())
+    state = exact.float().state_dict()
+    theirs.load_state_dict(state)
+    theirs.to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(theirs).double()
+    batch = x.contiguous(memory_format=torch.channels_last), target
+    results = {}
+    for train in (False, True):  # training last: it moves the running statistics
+        results[train] = (
+            step(exact, *batch, train=train),
+            step(theirs, *batch, train=train),
+        )
+    return request.param, state, batch, results
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_answers_and_gradients_are_as_exact_as_torchvisions(yardstick, fused, train):
+    name, state, batch, results = yardstick
+    exact, theirs = results[train]
+    ours = step(twin(name, state, fused=fused, num_classes=10), *batch, train=train)
+    assert ours.keys() == exact.keys()
+    for key in exact:
+        assert_within_twice(ours[key], theirs[key], exact[key], key)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_224_px_from_the_usual_initialisation(train):
+    theirs = build_torchvision("resnet18").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    target = torch.tensor([1, 2])
+    exact = step(copy.deepcopy(theirs).double(), x, target, train=train)
+    ours = step(twin("resnet18", theirs.state_dict(), fused=True), x, target, train=train)
+    theirs = step(theirs, x, target, train=train)
+    for key in exact:
+        if key == "logits" or "running" in key:
+            assert_within_twice(ours[key], theirs[key], exact[key], key)
+    # ReLUs that switched by chance weigh little in all the gradients together.
+    gradients = [
+        torch.cat([r[key].flatten() for key in exact if key != "logits" and "running" not in key])
+        for r in (ours, theirs, exact)
+    ]
+    assert relative_error(gradients[0], gradients[2]) <= 2 * relative_error(*gradients[1:])
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_fused_equals_plain_with_every_stem_and_shortcut(name, shortcut, train):
+    kwargs = {"stem": "cifar", "shortcut": shortcut, "num_classes": 10}
+    state = well_conditioned(build(name, **kwargs)).state_dict()
+    batch = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.randint(10, (4,))
+    plain, fused = (
+        step(twin(name, state, fused=fused, **kwargs).double(), *batch, train=train)
+        for fused in (False, True)
+    )
+    for key in plain:
+        torch.testing.assert_close(fused[key], plain[key], rtol=1e-8, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"groups": 4, "width_per_group": 8},
+        {"replace_stride_with_dilation": [False, True, True]},
+        {"norm_layer": lambda channels: nn.GroupNorm(8, channels)},
+        {"zero_init_residual": True},
+    ],
+    ids=["groups", "dilated", "group_norm", "zero_init"],
+)
+def test_fused_with_torchvisions_keyword_arguments(kwargs):
+    state = build("resnet50", num_classes=10, **kwargs).state_dict()
+    batch = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randint(10, (2,))
+    plain, fused = (
+        step(
+            twin("resnet50", state, fused=f, num_classes=10, **kwargs).double(), *batch, train=True
+        )
+        for f in (False, True)
+    )
+    for key in plain:
+        torch.testing.assert_close(fused[key], plain[key], rtol=1e-6, atol=1e-8, msg=key)
+
+
+def test_fused_has_the_same_parameters_and_modules():
+    plain, fused = build("resnet50"), build("resnet50", fused=True)
+    assert_same_state(fused, plain)
+    modules = [
+        (name, type(m)) for name, m in plain.named_modules() if "." in name and not m._modules
+    ]
+    assert modules == [
+        (name, type(m)) for name, m in fused.named_modules() if "." in name and not m._modules
+    ]
+
+
+def test_fused_is_true_or_false():
+    with pytest.raises(TypeError, match="fused is 'yes'; expected True or False"):
+        models.resnet18(fused="yes")
