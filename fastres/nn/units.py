@@ -28,7 +28,8 @@ def folded(
     residual: Tensor | None,
 ) -> Tensor:
     """``[relu](bn(conv(x)) [+ residual])`` in eval mode; freezing the graph folds the packing."""
-    assert running_mean is not None and running_var is not None  # their type is optional
+    assert running_mean is not None  # which TorchScript can't know
+    assert running_var is not None
     packed = ops.pack_conv_weight(weight, stride, padding, dilation, groups)
     return ops.conv_bn_relu(
         x, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, residual,

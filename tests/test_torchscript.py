@@ -1,0 +1,224 @@
+"""The family in TorchScript, torch.compile and torch.export: the answers of eager mode."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fastres import models
+from tolerances import relative_error
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
+fused_or_plain = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+
+
+def build(name="resnet18", *, fused=True, stem="cifar", num_classes=10, **kwargs):
+    """A model with running statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    with torch.device("meta"):  # the usual initialisation takes longer than the tests
+        model = getattr(models, name)(fused=fused, stem=stem, num_classes=num_classes, **kwargs)
+    model.to_empty(device="cpu")
+    for key, value in model.state_dict().items():
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1)
+        else:
+            value.zero_()
+        if key.endswith("running_mean"):
+            value.sub_(0.75)
+    return model
+
+
+def saved_and_loaded(scripted):
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def assert_same_answers(scripted, model, x):
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(3):  # the second and third calls run the optimized graph
+            assert relative_error(scripted(x), expected) < 1e-5
+
+
+@fused_or_plain
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_script_freeze_save_load(name, fused):
+    model = build(name, fused=fused).eval()
+    x = torch.randn(2, 3, 16, 16)
+    scripted = torch.jit.freeze(torch.jit.script(model))
+    assert_same_answers(saved_and_loaded(scripted), model, x)
+
+
+@fused_or_plain
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_trace_freeze_save_load(name, fused):
+    model = build(name, fused=fused).eval()
+    x = torch.randn(2, 3, 16, 16)
+    frozen = torch.jit.freeze(torch.jit.trace(model, x))
+    assert_same_answers(saved_and_loaded(frozen), model, torch.randn(3, 3, 20, 16))
+    if fused:
+        graph = str(frozen.inlined_graph)
+        assert "fastres::conv_bn_relu" in graph
+        assert "fastres::pack_conv_weight" not in graph  # freezing has packed the weights
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
+def test_script_with_every_stem_and_shortcut(stem, shortcut):
+    model = build(stem=stem, shortcut=shortcut).eval()
+    assert_same_answers(torch.jit.script(model), model, torch.randn(2, 3, 32, 32))
+
+
+@fused_or_plain
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_script_in_train_mode(name, fused):
+    model = build(name, fused=fused).train()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    x = torch.randn(4, 3, 16, 16)
+    expected, actual = model(x), scripted(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    for (key, p), q in zip(model.named_buffers(), scripted.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=key)
+    actual.sum().backward()
+    assert all(p.grad is not None for p in scripted.parameters())
+    model.load_state_dict(scripted.state_dict())
+    assert_same_answers(scripted.eval(), model.eval(), x)
+
+
+def test_script_folds_in_eval_mode_only():
+    model = build()
+    graph = str(torch.jit.freeze(torch.jit.script(model.eval())).inlined_graph)
+    assert graph.count("fastres::conv_bn_relu") == 20
+    model.layer1[0].bn1.register_forward_pre_hook(no_hook)
+    graph = str(torch.jit.freeze(torch.jit.script(model)).inlined_graph)
+    assert graph.count("fastres::conv_bn_relu") == 18
+
+
+def no_hook(self: nn.Module, args: tuple[torch.Tensor]) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.layer2[0], "bn2", nn.Identity()),
+        lambda m: setattr(m.layer2[0], "relu", nn.ReLU6()),
+        lambda m: setattr(m.layer2[0].downsample, "1", nn.Identity()),
+        lambda m: setattr(m, "bn1", nn.GroupNorm(8, 64)),
+        lambda m: setattr(m.layer1[0], "bn1", nn.BatchNorm2d(64, track_running_stats=False)),
+    ],
+    ids=["identity", "relu6", "shortcut identity", "group norm", "no running statistics"],
+)
+def test_script_of_a_changed_model(change):
+    model = build()
+    change(model)
+    model.eval()
+    assert_same_answers(torch.jit.script(model), model, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_new_weights_in_a_compiled_model_count(how):
+    model, x = build().eval(), torch.randn(2, 3, 16, 16)
+    scripted = torch.jit.script(model) if how == "script" else torch.jit.trace(model, x)
+    scripted = saved_and_loaded(scripted)
+    for _ in range(3):
+        state = {key: value * 1.1 for key, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        scripted.load_state_dict(state)
+        assert_same_answers(scripted, model, x)
+
+
+def test_scripting_leaves_the_model_as_it_was():
+    model = build().eval()
+    types = [type(m) for m in model.modules()]
+    torch.jit.script(model)
+    assert [type(m) for m in model.modules()] == types
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def assert_compiles(model, x, backend, train):
+    model.train(train)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(train):
+        expected, actual = eager(x), compiled(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    if train:
+        expected.square().sum().backward()
+        actual.square().sum().backward()
+        for (key, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=key)
+        for (key, p), q in zip(eager.named_buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(q, p, msg=key)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_compile_in_one_graph(name, train):
+    assert_compiles(build(name), torch.randn(4, 3, 16, 16), "aot_eager", train)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compile_with_inductor(train):
+    block = build().layer2[0]
+    assert_compiles(block, torch.randn(2, 64, 8, 8), "inductor", train)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compile_under_autocast(train):
+    block = build().layer2[0].train(train)
+    x = torch.randn(2, 64, 8, 8)
+    expected_block = copy.deepcopy(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+        expected = expected_block(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected)
+
+
+def test_compile_with_cumulative_statistics():
+    block = build().layer2[0]
+    block.bn1.momentum = None
+    assert_compiles(block, torch.randn(2, 64, 8, 8), "aot_eager", True)
+
+
+def test_a_compiled_model_sees_train_eval_and_new_weights():
+    model = build(num_classes=4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 16, 16)
+    for factor in (1.0, 1.1):
+        model.load_state_dict({key: value * factor for key, value in model.state_dict().items()})
+        model.train()
+        compiled(x)
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_export_with_any_batch(name):
+    model = build(name).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(
+        model, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: batch},)
+    )
+    module = exported.module()
+    for n in (1, 2, 5):
+        x = torch.randn(n, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), model(x))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert "fastres.conv_bn_relu.default" in targets
+    assert "fastres.pack_conv_weight.default" not in targets
