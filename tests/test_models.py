@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastres import models
 from fastres.models.resnet import ZeroPadShortcut
-from tolerances import assert_within_twice, relative_error
+from tolerances import largest_error, relative_error
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -175,11 +175,12 @@ def twin(name, state, *, fused, **kwargs):
     return model
 
 
-def step(model, x, target, *, train):
+def step(model, x, cotangent, *, train):
     """Output, float buffers and gradients of one forward and backward, by name."""
     model.train(train)
     logits = model(x.to(model.fc.weight.dtype))
-    F.cross_entropy(logits, target).backward()
+    # Linear, so that errors of the logits and of the gradients stay apart.
+    (logits * cotangent).sum().backward()
     results = {"logits": logits.detach()}
     results |= {key: value for key, value in model.named_buffers() if value.is_floating_point()}
     results |= {key: value.grad for key, value in model.named_parameters()}
@@ -192,7 +193,7 @@ def yardstick(request):
     """For one depth: weights, data, the exact results, and torchvision's own in float32."""
     theirs = well_conditioned(build_torchvision(request.param, num_classes=10))
     torch.manual_seed(1)
-    x, target = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    x, cotangent = torch.randn(8, 3, 32, 32), torch.randn(8, 10)
     exact = copy.deepcopy(theirs).double()
     for module in exact.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -201,46 +202,66 @@ def yardstick(request):
         exact(x.double())
     state = exact.float().state_dict()
     theirs.load_state_dict(state)
-    theirs.to(memory_format=torch.channels_last)
     exact = copy.deepcopy(theirs).double()
-    batch = x.contiguous(memory_format=torch.channels_last), target
     results = {}
     for train in (False, True):  # training last: it moves the running statistics
         results[train] = (
-            step(exact, *batch, train=train),
-            step(theirs, *batch, train=train),
+            step(exact, x, cotangent, train=train),
+            torch_runs(theirs, x, cotangent, train=train),
         )
-    return request.param, state, batch, results
+    return request.param, state, (x, cotangent), results
+
+
+def torch_runs(model, x, cotangent, *, train):
+    """torch's results in float32, three times: its rounding differs by layout and by order."""
+    runs = []
+    for layout, flip in (
+        (torch.contiguous_format, False),
+        (torch.channels_last, False),
+        (torch.channels_last, True),
+    ):
+        batch = [t.flip(0) if flip else t for t in (x, cotangent)]
+        twin = copy.deepcopy(model).to(memory_format=layout)
+        result = step(twin, batch[0].contiguous(memory_format=layout), batch[1], train=train)
+        if flip:
+            result["logits"] = result["logits"].flip(0)
+        runs.append(result)
+    return runs
+
+
+def assert_as_exact_as_torch(ours, runs, exact, key):
+    """Relative L2 error at most twice torch's own; of the worst element, luck in torch, 4 times."""
+    for error, floor, factor in ((relative_error, 2e-7, 2), (largest_error, 2e-6, 4)):
+        theirs = max(error(run[key], exact[key]) for run in runs)
+        if theirs > 0.1:  # zero but for rounding: a bias that the next BatchNorm takes out again
+            factor = 4
+        assert error(ours[key], exact[key]) <= factor * theirs + floor, (key, error.__name__)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_answers_and_gradients_are_as_exact_as_torchvisions(yardstick, fused, train):
     name, state, batch, results = yardstick
-    exact, theirs = results[train]
+    exact, runs = results[train]
     ours = step(twin(name, state, fused=fused, num_classes=10), *batch, train=train)
     assert ours.keys() == exact.keys()
     for key in exact:
-        assert_within_twice(ours[key], theirs[key], exact[key], key)
+        assert_as_exact_as_torch(ours, runs, exact, key)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_224_px_from_the_usual_initialisation(train):
-    theirs = build_torchvision("resnet18").to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    target = torch.tensor([1, 2])
-    exact = step(copy.deepcopy(theirs).double(), x, target, train=train)
-    ours = step(twin("resnet18", theirs.state_dict(), fused=True), x, target, train=train)
-    theirs = step(theirs, x, target, train=train)
+    theirs = build_torchvision("resnet18")
+    x, cotangent = torch.randn(2, 3, 224, 224), torch.randn(2, 1000)
+    exact = step(copy.deepcopy(theirs).double(), x, cotangent, train=train)
+    ours = step(twin("resnet18", theirs.state_dict(), fused=True), x, cotangent, train=train)
+    runs = torch_runs(theirs, x, cotangent, train=train)
+    gradients = [key for key in exact if key != "logits" and "running" not in key]
+    for result in (ours, exact, *runs):
+        # ReLUs that switched by chance weigh little in all the gradients together.
+        result["gradients"] = torch.cat([result.pop(key).flatten() for key in gradients])
     for key in exact:
-        if key == "logits" or "running" in key:
-            assert_within_twice(ours[key], theirs[key], exact[key], key)
-    # ReLUs that switched by chance weigh little in all the gradients together.
-    gradients = [
-        torch.cat([r[key].flatten() for key in exact if key != "logits" and "running" not in key])
-        for r in (ours, theirs, exact)
-    ]
-    assert relative_error(gradients[0], gradients[2]) <= 2 * relative_error(*gradients[1:])
+        assert_as_exact_as_torch(ours, runs, exact, key)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -249,7 +270,7 @@ def test_224_px_from_the_usual_initialisation(train):
 def test_fused_equals_plain_with_every_stem_and_shortcut(name, shortcut, train):
     kwargs = {"stem": "cifar", "shortcut": shortcut, "num_classes": 10}
     state = well_conditioned(build(name, **kwargs)).state_dict()
-    batch = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.randint(10, (4,))
+    batch = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.randn(4, 10)
     plain, fused = (
         step(twin(name, state, fused=fused, **kwargs).double(), *batch, train=train)
         for fused in (False, True)
@@ -270,7 +291,7 @@ def test_fused_equals_plain_with_every_stem_and_shortcut(name, shortcut, train):
 )
 def test_fused_with_torchvisions_keyword_arguments(kwargs):
     state = build("resnet50", num_classes=10, **kwargs).state_dict()
-    batch = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randint(10, (2,))
+    batch = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randn(8, 10)
     plain, fused = (
         step(
             twin("resnet50", state, fused=f, num_classes=10, **kwargs).double(), *batch, train=True
