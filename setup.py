@@ -161,7 +161,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={"fastres.kernels": "kernels"},
-    package_data={"fastres": ["py.typed"], "fastres.data": ["sample/*"]},
+    package_data={"fastres": ["py.typed", "*.pyi"], "fastres.data": ["sample/*"]},
     ext_modules=[
         Extension(
             "fastres._C",

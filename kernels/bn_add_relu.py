@@ -197,7 +197,7 @@ def bn_reduce_bwd_kernel(
     tl.store(dvar + c, -0.5 * scale * istd * istd * total_gz, mask=c_mask)
     if dweight is not None:
         tl.store(dweight + c, istd * total_gz, mask=c_mask)
-        tl.store(dbias + c, total_g, mask=c_mask)
+    tl.store(dbias + c, total_g, mask=c_mask)
 
 
 def backward_warps(dtype: torch.dtype) -> int:
@@ -312,7 +312,7 @@ def bn_add_relu_gradients(
     part_gr = torch.empty_like(part_g) if projection else None
 
     def reduce(part: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> list[Tensor]:
-        sizes = (channels, channels) + ((0, 0) if weight is None else (channels, channels))
+        sizes = (channels, channels, 0 if weight is None else channels, channels)
         vectors = [parameter.new_empty(size) for size in sizes]
         if channels:
             bn_reduce_bwd_kernel[(triton.cdiv(channels, REDUCE_BLOCK_CHANNELS),)](
@@ -391,9 +391,8 @@ def bn_add_relu_backward(
     """Gradients of bn_add_relu; y is what it returned.
 
     Returns dz, dmean, dvar, dweight, dbias, dresidual, dresidual_mean, dresidual_var,
-    dresidual_weight, dresidual_bias; what does not apply is empty ``(0,)``, as are the gradients of
-    weight and bias where weight is None. mean and var are
-    independent arguments here: their dependence on z is conv_stats' to differentiate.
+    dresidual_weight, dresidual_bias; what does not apply is empty ``(0,)``, as is the gradient
+    of a weight that is None. mean and var are independent arguments here: their dependence on z is conv_stats' to differentiate.
     """
     op = "bn_add_relu_backward"
     _require_pair(op, residual_mean, residual_var)

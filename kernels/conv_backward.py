@@ -167,4 +167,6 @@ def conv_stats_backward(
         True,
     )
     dinput, din_mean, din_var, din_weight, din_bias = gradients[:5]
+    if in_bias is None:
+        din_bias = absent[3]
     return dinput, dweight, din_mean, din_var, din_weight, din_bias

@@ -191,8 +191,7 @@ def test_elementwise_bn_add_relu_without_affine() -> None:
     got = kernels.bn_add_relu_backward(
         torch.ones_like(y), y, z, mean, var, None, EPS, r, mean, var, None, EPS, True
     )
-    absent_gradients = (3, 4, 8, 9)
-    assert [i for i, gradient in enumerate(got) if gradient.numel() == 0] == [*absent_gradients]
+    assert [i for i, gradient in enumerate(got) if gradient.numel() == 0] == [3, 8]
     assert len({id(gradient) for gradient in got}) == len(got)
 
 
