@@ -115,10 +115,10 @@ def fuses(conv: nn.Module, bn: nn.Module, x: Any = None) -> bool:
 
 def as_conv_bn(module: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
     """The two modules of ``nn.Sequential(conv, bn)``, or None if it is anything else."""
-    if module is None or not is_untouched(module, nn.Sequential) or len(module._modules) != 2:
+    if module is None or not is_untouched(module, nn.Sequential):
         return None
-    conv, bn = module._modules.values()
-    return conv, bn
+    children = tuple(module.children())
+    return (children[0], children[1]) if len(children) == 2 else None
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
