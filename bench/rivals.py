@@ -121,11 +121,13 @@ def export_onnx(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> None
         )
 
 
-def onnxruntime(onnx_file: Callable[[], Path], inputs: Sequence[Tensor]) -> Runner:
+def onnxruntime(
+    onnx_file: Callable[[], Path], inputs: Sequence[Tensor], spinning: bool = True
+) -> Runner:
     """ONNX Runtime: every graph optimisation, torch's number of threads, inputs and output bound.
 
-    Its threads spin for work as long as a run lasts and stop when it ends: spinning on would slow
-    whichever contestant comes next, not spinning at all would slow ONNX Runtime.
+    `spinning`: its threads spin for work as long as a run lasts, which is fastest on a quiet
+    machine, and stop when it ends, so that they do not slow whoever comes next.
     """
     ort = load("onnxruntime")
     options = ort.SessionOptions()
@@ -133,6 +135,7 @@ def onnxruntime(onnx_file: Callable[[], Path], inputs: Sequence[Tensor]) -> Runn
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(str(onnx_file()), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
@@ -227,6 +230,7 @@ def cpu_inference(
         ),
         "TorchScript": partial(torchscript, module, inputs),
         "ONNX Runtime": partial(onnxruntime, onnx_file, inputs),
+        "ONNX Runtime, no spinning": partial(onnxruntime, onnx_file, inputs, spinning=False),
         "OpenVINO": partial(openvino, onnx_file, inputs),
     }
     threads = torch.get_num_threads()
