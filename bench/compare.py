@@ -28,7 +28,7 @@ from harness import (
     reason,
     write_json,
 )
-from peaks import measure
+from peaks import measure, put_shares
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -77,11 +77,6 @@ def race_times(race: Race, runners: dict[str, Runner], rounds: int, quick: bool,
         "min": {name: min(values) for name, values in rounds_of.items()},
         "rounds": rounds,
     }
-    work = race.flops or race.bytes
-    peak = measure(race.device, quick).get(race.peak)
-    ours = best(times, True)
-    if ours and work and peak:
-        found["share_of_peak"] = work / times[ours] / peak
     return found, times
 
 
@@ -233,11 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
                     console.print(f"{suite}: skipped: torch sees no CUDA device")
                     continue
                 around = circumstances(device)
-                around["peaks"] = measure(device, options.quick)
                 for name, build in SUITES[suite](Options(options.quick, device)):
                     if options.only not in name:
                         continue
                     progress.update(bar, description=f"{suite} {name}", completed=0, total=None)
+                    measure(device, options.quick)
                     race = build()
                     keep_rivals(race, options.rivals)
                     progress.update(bar, total=rounds * len(race.entrants))
@@ -248,7 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
                         lambda text: progress.update(bar, description=text),
                         lambda _: progress.advance(bar),
                     )
-                    records.append({**record, **around})
+                    records.append({**record, "runs_on": device, **around})
+                    put_shares(records)
                     if options.json:
                         write_json(records, options.json)
                     del race
