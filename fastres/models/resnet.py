@@ -7,7 +7,7 @@ He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +106,12 @@ class ResNet(torchvision_resnet.ResNet):
         if shortcut == "zero_pad":
             for b in self.blocks():
                 if b.downsample is not None:
-                    projection = b.downsample[0]
+                    projection: Any = b.downsample[0]
                     b.downsample = ZeroPadShortcut(
                         projection.in_channels, projection.out_channels, projection.stride[0]
                     )
 
-    def blocks(self) -> Iterator[nn.Module]:
+    def blocks(self) -> Iterator[Any]:
         """The residual blocks, from the first stage to the last."""
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             yield from stage
@@ -145,14 +145,23 @@ class FusedBottleneck(FusedUnits, Bottleneck):
                 out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
                 return self.relu(self.bn3(self.conv3(out)) + self._shortcut(x))
         else:
-            out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
-            out = conv_bn_relu(self.conv2, self.bn2, self.relu, out, self._packed)
+            mid = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
+            mid = conv_bn_relu(self.conv2, self.bn2, self.relu, mid, self._packed)
             shortcut = project(self.downsample, x, self._packed)
-            return conv_bn_add_relu(self.conv3, self.bn3, self.relu, out, shortcut, self._packed)
+            return conv_bn_add_relu(self.conv3, self.bn3, self.relu, mid, shortcut, self._packed)
 
 
 class FusedResNet(FusedUnits, ResNet):
     """ResNet of the fused blocks. Inputs in another layout than channels_last are converted."""
+
+    if TYPE_CHECKING:
+        maxpool: Any
+        avgpool: Any
+        layer1: Any
+        layer2: Any
+        layer3: Any
+        layer4: Any
+        fc: Any
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x.contiguous(memory_format=torch.channels_last))

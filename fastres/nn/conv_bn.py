@@ -8,7 +8,7 @@ tool sees what it expects. Which of the two is decided anew in every call.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .packed import PackedWeights
+
+# A block's child: what it should be stands in its name, what it is only a check can tell.
+Module: TypeAlias = Any
 
 
 class Pending(NamedTuple):
@@ -34,7 +37,7 @@ class Pending(NamedTuple):
 
 
 def conv_bn_relu(
-    conv: nn.Module, bn: nn.Module, relu: nn.Module, x: Tensor | Pending, packed: PackedWeights
+    conv: Module, bn: Module, relu: Module, x: Tensor | Pending, packed: PackedWeights
 ) -> Tensor | Pending:
     """``relu(bn(conv(x)))``, with BatchNorm and ReLU still pending if it uses batch statistics."""
     if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
@@ -45,9 +48,9 @@ def conv_bn_relu(
 
 
 def conv_bn_add_relu(
-    conv: nn.Module,
-    bn: nn.Module,
-    relu: nn.Module,
+    conv: Module,
+    bn: Module,
+    relu: Module,
     x: Tensor | Pending,
     shortcut: Tensor | Pending,
     packed: PackedWeights,
@@ -60,7 +63,7 @@ def conv_bn_add_relu(
     return _conv_bn(conv, bn, finish(x, relu=True), finish(shortcut, relu=False), True, packed)
 
 
-def project(downsample: nn.Module | None, x: Tensor, packed: PackedWeights) -> Tensor | Pending:
+def project(downsample: Module | None, x: Tensor, packed: PackedWeights) -> Tensor | Pending:
     """A block's shortcut: x itself, a 1x1 convolution with BatchNorm, or any other module."""
     if downsample is None:
         return x
@@ -83,7 +86,7 @@ def finish(x: Tensor | Pending, *, relu: bool, shortcut: Tensor | Pending | None
     return ops.bn_add_relu(*x, shortcut, None, None, None, None, 0.0, relu)
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is ``kind.forward`` and nothing else: no subclass, hook, patch."""
     return (
         type(module) is kind
@@ -95,7 +98,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def fuses(conv: nn.Module, bn: nn.Module, x: Any = None) -> bool:
+def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
         is_untouched(conv, nn.Conv2d)
@@ -113,7 +116,7 @@ def fuses(conv: nn.Module, bn: nn.Module, x: Any = None) -> bool:
     )
 
 
-def as_conv_bn(module: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
+def as_conv_bn(module: Module | None) -> tuple[Module, Module] | None:
     """The two modules of ``nn.Sequential(conv, bn)``, or None if it is anything else."""
     if module is None or not is_untouched(module, nn.Sequential):
         return None
@@ -121,13 +124,13 @@ def as_conv_bn(module: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
     return (children[0], children[1]) if len(children) == 2 else None
 
 
-def uses_batch_statistics(bn: nn.Module) -> bool:
+def uses_batch_statistics(bn: Module) -> bool:
     return bn.training or bn._buffers["running_mean"] is None
 
 
 def _conv_bn(
-    conv: nn.Module,
-    bn: nn.Module,
+    conv: Module,
+    bn: Module,
     x: Tensor,
     residual: Tensor | None,
     relu: bool,
@@ -171,17 +174,19 @@ def _conv_bn(
     )
 
 
-def _conv_stats(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> Pending:
+def _conv_stats(conv: Module, bn: Module, x: Tensor | Pending) -> Pending:
     """The convolution and its batch statistics; updates the running ones as ``bn`` would."""
-    if not isinstance(x, Pending):
-        x = Pending(x, None, None, None, None, 0.0)
     weight = conv._parameters["weight"]
-    z = x.z
+    prologue: tuple[Any, Any, Any, Any, Any] = (None, None, None, None, 0.0)
+    if isinstance(x, Pending):
+        z, prologue = x.z, x[1:]
+    else:
+        z = x
     dtype = _autocast_dtype(z)
     if dtype is not None:
         z, weight = z.to(dtype), weight.to(dtype)
     z, mean, var = ops.conv_stats(
-        z, weight, *x[1:], conv.stride, conv.padding, conv.dilation, conv.groups
+        z, weight, *prologue, conv.stride, conv.padding, conv.dilation, conv.groups
     )
     count = z.size(0) * z.size(2) * z.size(3)
     if count == 1:
@@ -194,7 +199,7 @@ def _conv_stats(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> Pending:
 
 
 @torch.no_grad()
-def _update_running_statistics(bn: nn.Module, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int) -> None:
     """As ``nn.BatchNorm2d``: moving or (momentum None) cumulative average, unbiased variance."""
     momentum, batches = bn.momentum, bn.num_batches_tracked
     if batches is not None:

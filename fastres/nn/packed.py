@@ -20,9 +20,9 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[nn.Conv2d, tuple[tuple[Any, ...], Tensor, Tensor, Tensor]] = {}
+        self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor, Tensor]] = {}
 
-    def get(self, conv: nn.Conv2d, weight: Tensor) -> Tensor | None:
+    def get(self, conv: Any, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, made if it is missing or no longer true."""
         if weight.is_inference():
             return None  # has no version counter: a change could not be seen

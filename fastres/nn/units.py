@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -44,6 +44,16 @@ class FusedUnits(nn.Module):
     for TorchScript, which can't pass modules to a function; it reads the properties once, as
     constants, and compiles no branch that they rule out.
     """
+
+    if TYPE_CHECKING:  # at run time TorchScript would take it for the attributes' types
+        conv1: Any
+        conv2: Any
+        conv3: Any
+        bn1: Any
+        bn2: Any
+        bn3: Any
+        relu: Any
+        downsample: Any
 
     __constants__ = ("_folds", "_projection_folds")
     __jit_unused_properties__ = ("_folds", "_projection_folds")
@@ -122,5 +132,5 @@ class FusedUnits(nn.Module):
         )  # fmt: skip
 
 
-def _pair_folds(conv: nn.Module, bn: nn.Module) -> bool:
+def _pair_folds(conv: Any, bn: Any) -> bool:
     return fuses(conv, bn) and bn._buffers["running_mean"] is not None
