@@ -48,9 +48,13 @@ class Report:
     ) -> None:
         self.progress.stop()
 
+    def _print(self, text: str) -> None:
+        """A line for people and for grep: a narrow terminal must not break it in two."""
+        self.console.print(text, soft_wrap=True)
+
     def start(self, text: str) -> None:
         """Say what begins."""
-        self.console.print(text)
+        self._print(text)
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Epoch number `epoch` (0 is the first) begins at step `step`."""
@@ -67,11 +71,11 @@ class Report:
         self.progress.update(self.run, advance=1)
 
     def end_epoch(self, line: dict[str, Any], *, best: bool) -> None:
-        """An epoch is done; `line` is its line in metrics.jsonl."""
-        self.console.print(
+        """An epoch is done: loss and accuracy; `line` is its line in metrics.jsonl."""
+        self._print(
             f"epoch {line['epoch']:>3}/{self.epochs}"
-            f"  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:7.2%}"
-            f"  valid loss {line['valid_loss']:.4f} accuracy {line['valid_accuracy']:7.2%}"
+            f"  train {line['train_loss']:.4f} {line['train_accuracy']:6.2%}"
+            f"  valid {line['valid_loss']:.4f} {line['valid_accuracy']:6.2%}"
             f"  lr {line['lr']:g}  {line['images_per_second']:,.0f} images/s"
             f"{'  best' if best else ''}"
         )
