@@ -94,16 +94,14 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 
 enum class Algorithm { packed, aten };
 
-// Whether the processor multiplies this 16-bit type natively, which torch's convolution uses.
-bool has_native_products(DType dtype) {
+// Whether the processor has dot products of this 16-bit type, with which torch's convolution
+// outruns ours in float32. (float16 arithmetic without dot products, AVX512_FP16, does not.)
+bool has_dot_products(DType dtype) {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (dtype == DType::bfloat16) {
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;  // AVX512_BF16
-  }
-  if (dtype == DType::float16) {
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1) != 0;  // AVX512_FP16
-  }
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0) return false;
+  if (dtype == DType::bfloat16) return (a >> 5 & 1) != 0;  // AVX512_BF16
+  if (dtype == DType::float16) return (a >> 21 & 1) != 0;  // AMX_FP16
 #endif
   return false;
 }
@@ -126,9 +124,9 @@ Algorithm choose_algorithm(const ConvShape& s, DType dtype) {
   if (const char* name = algorithm_from_environment()) {
     return std::string(name) == "packed" ? Algorithm::packed : Algorithm::aten;
   }
-  static const bool native[kDTypes] = {false, has_native_products(DType::bfloat16),
-                                       has_native_products(DType::float16), false};
-  if (native[static_cast<int>(dtype)]) return Algorithm::aten;
+  static const bool dot_products[kDTypes] = {false, has_dot_products(DType::bfloat16),
+                                             has_dot_products(DType::float16), false};
+  if (dot_products[static_cast<int>(dtype)]) return Algorithm::aten;
 #if defined(__x86_64__)
   // torch's own kernels use what the machine has; without FMA ours have no edge.
   if (current_isa() == Isa::baseline) return Algorithm::aten;
