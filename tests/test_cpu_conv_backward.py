@@ -37,6 +37,9 @@ WHOLE_CONVS = (
     Conv("resnet-1x1-stride-2", 256, 512, 1, 2, 28),
     Conv("resnet-3x3", 64, 64, 3, 1, 32, n=4),
     Conv("resnet-3x3-small-picture", 512, 512, 3, 1, 4, n=3),
+    # Five images among four threads: parts of two, two and one.
+    Conv("resnet-3x3-five-images", 64, 64, 3, 2, 14, n=5),
+    Conv("resnet-3x3-narrow", 32, 48, 3, 1, 7, n=13),
     Conv("resnet-3x3-stride-2", 256, 512, 3, 2, 14),
 )
 
@@ -228,7 +231,7 @@ def test_same_bits_twice(conv: Conv) -> None:
     case = Case(conv, torch.float32)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 4):
             torch.set_num_threads(count)
             for got, want in zip(case.backward(), case.backward(), strict=True):
                 assert_same_bits(got, want)

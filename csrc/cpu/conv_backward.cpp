@@ -173,15 +173,18 @@ std::pair<OptionalTensor, OptionalTensor> convolution_backward(const Tensor& dzt
           needs_weight ? OptionalTensor(dweight) : std::nullopt};
 }
 
+// Width of pictures on which oneDNN leaves much of the processor idle.
+constexpr int64_t kNarrow = 8;
+
 // Where backward_gemm is the faster of the two, as measured. oneDNN is good at larger kernels
-// without a stride, but for pictures too narrow for its tiles, and at an image's three channels.
+// without a stride, but for narrow pictures, and at an image's three channels.
 bool gemm_is_faster(const Tensor& input, const Tensor& weight, const Tensor& z,
                     const ConvShape& conv) {
-  constexpr int64_t fewest_channels = 16, narrow = 8;
+  constexpr int64_t fewest_channels = 16;
   if (input.scalar_type() != ScalarType::Float || conv.groups != 1 || z.numel() == 0) return false;
   const bool larger_kernel = weight.size(2) > 1 || weight.size(3) > 1;
   const bool strided = conv.stride[0] > 1 || conv.stride[1] > 1;
-  return input.size(1) >= fewest_channels && (!larger_kernel || strided || z.size(3) < narrow);
+  return input.size(1) >= fewest_channels && (!larger_kernel || strided || z.size(3) < kNarrow);
 }
 
 struct Gradients {
@@ -208,14 +211,10 @@ Gradients backward_aten(const OutputGradient& output, const Tensor& input, const
   return gradients;
 }
 
-// The weight's gradient by blocks of matrix products, and for 1x1 without padding the input's as
-// well; the other convolutions' input gradient through aten. float32, not grouped, not empty.
+// By blocks of matrix products; the input's gradient through aten where that is the faster.
 Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const Tensor& weight,
                         const Tensor& z, const std::optional<Prologue>& prologue,
                         const ConvShape& conv, bool needs_input, bool needs_weight) {
-  const bool pointwise =
-      weight.size(2) == 1 && weight.size(3) == 1 && conv.padding[0] == 0 && conv.padding[1] == 0;
-  const bool strided = conv.stride[0] != 1 || conv.stride[1] != 1;
   const Tensor weight_rows = as_channels_last(weight);
   Gradients gradients;
   ConvBackwardGemm gemm;
@@ -250,18 +249,18 @@ Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const
     gemm.dweight = static_cast<float*>(gradients.weight->mutable_data_ptr());
   }
   OptionalTensor dzt;
-  if (needs_input && !pointwise) {
+  std::vector<double> sums;
+  const bool larger_kernel = gemm.geometry.kh > 1 || gemm.geometry.kw > 1;
+  if (needs_input && larger_kernel && z.size(3) >= kNarrow) {
     dzt = output.compute();
     gemm.dzt = static_cast<const float*>(dzt->const_data_ptr());
     gradients.input =
         as_channels_last(*convolution_backward(*dzt, input, weight_rows, conv, true, false).first);
-  }
-  std::vector<double> sums;
-  if (needs_input && pointwise) {
+  } else if (needs_input) {
     gradients.input = empty_channels_last(input.sizes(), ScalarType::Float);
-    if (strided) torch::stable::zero_(*gradients.input);
+    if (!gemm.pointwise()) torch::stable::zero_(*gradients.input);
     gemm.dinput = static_cast<float*>(gradients.input->mutable_data_ptr());
-    if (prologue && !strided) {
+    if (prologue && gemm.pointwise()) {
       sums.resize(2 * gemm.in_period);
       gemm.in_sums = sums.data();
     }

@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -33,17 +32,21 @@ std::unique_ptr<float[]> floats(int64_t n) { return std::make_unique_for_overwri
 
 }  // namespace
 
+bool ConvBackwardGemm::pointwise() const {
+  const ConvGeometry& g = geometry;
+  return g.kh == 1 && g.kw == 1 && g.pad_h == 0 && g.pad_w == 0 && g.stride_h == 1 &&
+         g.stride_w == 1;
+}
+
 void ConvBackwardGemm::run_part(int64_t begin, int64_t end, int64_t block_rows, float* part_dweight,
                                 double* part_sums) const {
   const ConvGeometry& g = geometry;
   const int64_t taps = g.kh * g.kw * g.ci;
-  const bool pointwise = taps == g.ci && g.pad_h == 0 && g.pad_w == 0;
-  const bool strided = g.stride_h != 1 || g.stride_w != 1;
-  const bool gathers = !pointwise || strided || in_mean != nullptr;
+  const bool pointwise = this->pointwise();
+  const bool gathers = dweight != nullptr && (!pointwise || in_mean != nullptr);
+  const bool scatters = dinput != nullptr && (!pointwise || in_mean != nullptr);
   const auto dzt_block = floats(dzt == nullptr ? block_rows * g.co : 0);
-  const auto columns = floats(gathers && dweight != nullptr ? block_rows * taps : 0);
-  const bool da_apart = dinput != nullptr && (strided || in_mean != nullptr);
-  const auto da_block = floats(da_apart ? block_rows * g.ci : 0);
+  const auto columns = floats(gathers || scatters ? block_rows * taps : 0);
   const auto workspace = floats(part_sums != nullptr ? 2 * in_period : 0);
   std::vector<double> block_sums(part_sums != nullptr ? 2 * in_period : 0);
   const GatherArgs gather{g, input, in_mean, in_scale, in_bias};
@@ -69,15 +72,11 @@ void ConvBackwardGemm::run_part(int64_t begin, int64_t end, int64_t block_rows, 
                matrix(block_columns, rows, taps, taps, 1), row != begin);
     }
     if (dinput == nullptr) continue;
-    float* block_da = da_apart ? da_block.get() : dinput + row * g.ci;
-    multiply(matrix(block_da, rows, g.ci, g.ci, 1), matrix(block_dzt, rows, g.co, g.co, 1),
-             matrix(weight, g.co, g.ci, g.ci, 1), false);
-    if (strided) {
-      for (int64_t r = row; r < row + rows; ++r) {
-        const int64_t image = r / (g.oh * g.ow), h = r / g.ow % g.oh, w = r % g.ow;
-        const int64_t pixel = (image * g.ih + h * g.stride_h) * g.iw + w * g.stride_w;
-        std::memcpy(dinput + pixel * g.ci, block_da + (r - row) * g.ci, g.ci * sizeof(float));
-      }
+    float* block_da = scatters ? columns.get() : dinput + row * g.ci;
+    multiply(matrix(block_da, rows, taps, taps, 1), matrix(block_dzt, rows, g.co, g.co, 1),
+             matrix(weight, g.co, taps, taps, 1), false);
+    if (!pointwise) {
+      kernels().conv_scatter_add(g, row, row + rows, block_da, dinput);
     } else if (in_mean != nullptr) {
       BnAddReluBackwardArgs args{};
       args.dy = block_da;
@@ -105,9 +104,13 @@ void ConvBackwardGemm::run() const {
   constexpr int64_t block_floats = 256 * 1024;
   // Each part has a gradient of the weight of its own: not for few rows, nor in too much memory.
   constexpr int64_t fewest_rows = 128, part_floats = 64 * 1024 * 1024;
-  const int64_t parts = std::clamp<int64_t>(
-      std::min(rows / fewest_rows, part_floats / std::max<int64_t>(weights, 1)), 1, threads);
-  const int64_t part_rows = (rows + parts - 1) / parts;
+  // Where blocks add to dinput, parts are of whole images: no two add to the same pixel.
+  const int64_t unit = dinput != nullptr && !pointwise() ? g.oh * g.ow : 1;
+  const int64_t most_parts = std::max<int64_t>(
+      1, std::min({rows / fewest_rows, part_floats / std::max<int64_t>(weights, 1), rows / unit,
+                   threads}));
+  const int64_t part_rows = (rows / unit + most_parts - 1) / most_parts * unit;
+  const int64_t parts = (rows + part_rows - 1) / part_rows;
   const int64_t block_rows =
       std::min(std::clamp<int64_t>(block_floats / row_floats, 256, 1024), part_rows);
 

@@ -19,11 +19,14 @@ struct ConvBackwardGemm {
   int64_t in_period = 0;
 
   float* dweight = nullptr;  // (co, kh, kw, ci); null: not asked for
-  // (n, ih, iw, ci), for 1x1 without padding only; null: not asked for. Without a stride it is the
-  // gradient of the input and in_sums (2, in_period) gets the sums of the prologue's backward; with
-  // one it is the gradient of what the prologue gives.
+  // (n, ih, iw, ci); null: not asked for. Pointwise, it is the gradient of the input, and in_sums
+  // (2, in_period) gets the sums of the prologue's backward. Else the gradient of what the prologue
+  // gives is added to the zeros that it must be.
   float* dinput = nullptr;
   double* in_sums = nullptr;
+
+  // Whether each output pixel is made of the input pixel in the same place alone.
+  bool pointwise() const;
 
   void run() const;
 

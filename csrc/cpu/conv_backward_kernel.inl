@@ -51,31 +51,53 @@ FASTRES_INLINE void gather_pixel(const GatherArgs& args, const float* pixel, flo
   }
 }
 
-template <bool Prologue>
-void conv_gather_rows(const GatherArgs& args, int64_t begin, int64_t end, float* columns) {
-  const ConvGeometry& g = args.geometry;
+// Calls on_pixel(position, i) for the i-th of all (output pixel, kh, kw), in order; the position is
+// that of the input pixel, or -1 where that is padding.
+template <typename F>
+FASTRES_INLINE void for_each_tap(const ConvGeometry& g, int64_t begin, int64_t end, F on_pixel) {
+  int64_t i = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / (g.oh * g.ow);
     const int64_t top = row / g.ow % g.oh * g.stride_h - g.pad_h;
     const int64_t left = row % g.ow * g.stride_w - g.pad_w;
     for (int64_t kh = 0; kh < g.kh; ++kh) {
       const int64_t h = top + kh * g.dilation_h;
-      for (int64_t kw = 0; kw < g.kw; ++kw, columns += g.ci) {
+      for (int64_t kw = 0; kw < g.kw; ++kw, ++i) {
         const int64_t w = left + kw * g.dilation_w;
-        if (h < 0 || h >= g.ih || w < 0 || w >= g.iw) {
-          for (int64_t i = 0; i < g.ci; ++i) columns[i] = 0;
-        } else {
-          gather_pixel<Prologue>(args, args.input + ((image * g.ih + h) * g.iw + w) * g.ci,
-                                 columns);
-        }
+        const bool inside = h >= 0 && h < g.ih && w >= 0 && w < g.iw;
+        on_pixel(inside ? (image * g.ih + h) * g.iw + w : -1, i);
       }
     }
   }
 }
 
+template <bool Prologue>
+void conv_gather_rows(const GatherArgs& args, int64_t begin, int64_t end, float* columns) {
+  const int64_t ci = args.geometry.ci;
+  auto copy_pixel = [&](int64_t pixel, int64_t i) FASTRES_LAMBDA_INLINE {
+    if (pixel >= 0) {
+      gather_pixel<Prologue>(args, args.input + pixel * ci, columns + i * ci);
+    } else {
+      for (int64_t c = 0; c < ci; ++c) columns[i * ci + c] = 0;
+    }
+  };
+  for_each_tap(args.geometry, begin, end, copy_pixel);
+}
+
 inline void conv_gather(const GatherArgs& args, int64_t begin, int64_t end, float* columns) {
   (args.mean != nullptr ? conv_gather_rows<true> : conv_gather_rows<false>)(args, begin, end,
                                                                             columns);
+}
+
+inline void conv_scatter_add(const ConvGeometry& g, int64_t begin, int64_t end,
+                             const float* columns, float* input) {
+  auto add_pixel = [&](int64_t pixel, int64_t i) FASTRES_LAMBDA_INLINE {
+    if (pixel < 0) return;
+    float* __restrict to = input + pixel * g.ci;
+    const float* __restrict from = columns + i * g.ci;
+    for (int64_t c = 0; c < g.ci; ++c) to[c] += from[c];
+  };
+  for_each_tap(g, begin, end, add_pixel);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

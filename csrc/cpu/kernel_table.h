@@ -89,6 +89,10 @@ struct GatherArgs {
 // Output pixels [begin, end): for each, the inputs (kh, kw, ci) that it is made of, 0 outside.
 using ConvGatherFn = void (*)(const GatherArgs&, int64_t begin, int64_t end, float* columns);
 
+// The reverse: adds the columns of output pixels [begin, end) to the inputs they are made of.
+using ConvScatterAddFn = void (*)(const ConvGeometry&, int64_t begin, int64_t end,
+                                  const float* columns, float* input);
+
 // Elements [begin, end) of dense images; begin is a multiple of the period.
 using AddReluFn = void (*)(const void* input, const void* residual, void* y, int64_t begin,
                            int64_t end);
@@ -107,6 +111,7 @@ struct KernelTable {
   BnAddReluBackwardFn prologue_backward[kDTypes];  // Mask::affine, Residual::none
   BnStatsBackwardFn bn_stats_backward[kDTypes];
   ConvGatherFn conv_gather;
+  ConvScatterAddFn conv_scatter_add;
 
   int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
   ConvBlockFn conv_block[kDTypes];  // none for float64

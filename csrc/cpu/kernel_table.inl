@@ -37,6 +37,7 @@ constexpr KernelTable make_table() {
   KernelTable t{};
   t.vector_bytes = kVecBytes;
   t.conv_gather = conv_gather;
+  t.conv_scatter_add = conv_scatter_add;
   set_entries<float>(t, DType::float32);
   set_entries<bfloat16>(t, DType::bfloat16);
   set_entries<float16>(t, DType::float16);
