@@ -117,13 +117,21 @@ const char* algorithm_from_environment() {
   return value;
 }
 
-Algorithm choose_algorithm(const ConvShape& s, DType dtype) {
+// So few output pixels do not repay packing the weights for them.
+constexpr int64_t kPixelsWorthPacking = 48;
+
+bool is_packed(const ConvShape& s, const OptionalTensor& packed) {
+  return packed.has_value() && packed->numel() == s.packed_floats();
+}
+
+Algorithm choose_algorithm(const ConvShape& s, DType dtype, const OptionalTensor& packed) {
   const bool can_pack = s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
                         dtype != DType::float64 && s.ci > 0 && s.co > 0;
   if (!can_pack) return Algorithm::aten;
   if (const char* name = algorithm_from_environment()) {
     return std::string(name) == "packed" ? Algorithm::packed : Algorithm::aten;
   }
+  if (!is_packed(s, packed) && s.pixels() < kPixelsWorthPacking) return Algorithm::aten;
   static const bool dot_products[kDTypes] = {false, has_dot_products(DType::bfloat16),
                                              has_dot_products(DType::float16), false};
   if (dot_products[static_cast<int>(dtype)]) return Algorithm::aten;
@@ -336,7 +344,7 @@ struct PackedConv {
   PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& packed,
              const ConvShape& s)
       : input(with_dense_channels(input_)) {
-    if (packed.has_value() && packed->numel() == s.packed_floats()) {
+    if (is_packed(s, packed)) {
       args.weight = static_cast<const float*>(packed->const_data_ptr());
     } else {
       weight = aligned_array<float>(s.packed_floats());
@@ -468,7 +476,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   }
 
   if (s.pixels() == 0) return empty_channels_last(output, type);
-  if (choose_algorithm(s, dtype) == Algorithm::aten) {
+  if (choose_algorithm(s, dtype, packed) == Algorithm::aten) {
     const Tensor z = aten_convolution(input, weight, s);
     std::vector<double> mean = bn.mean;
     for (int64_t c = 0; c < s.co; ++c) mean[c] -= bias_values[c];
@@ -523,7 +531,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
   }
   std::vector<double> sums;
   Tensor z;
-  if (choose_algorithm(s, dtype) == Algorithm::aten) {
+  if (choose_algorithm(s, dtype, std::nullopt) == Algorithm::aten) {
     Tensor a = input;
     if (prologue.has_value()) {
       const Tensor rows = as_channels_last(input);
