@@ -392,7 +392,8 @@ def bn_add_relu_backward(
 
     Returns dz, dmean, dvar, dweight, dbias, dresidual, dresidual_mean, dresidual_var,
     dresidual_weight, dresidual_bias; what does not apply is empty ``(0,)``, as is the gradient
-    of a weight that is None. mean and var are independent arguments here: their dependence on z is conv_stats' to differentiate.
+    of a weight that is None. mean and var are independent arguments here: their dependence on z is
+    conv_stats' to differentiate.
     """
     op = "bn_add_relu_backward"
     _require_pair(op, residual_mean, residual_var)

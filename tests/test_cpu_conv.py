@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ODD_CONVS, RESNET_CONVS, Conv
-from tolerances import assert_within_twice, relative_error
 from torch import Tensor
 
 import fastres  # noqa: F401 (registers the ops)
+from cases import ODD_CONVS, RESNET_CONVS, Conv
 from fastres import _C
 from fastres.ops import conv_bn_relu, conv_stats, pack_conv_weight, reference
+from tolerances import assert_within_twice, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL_RESNET_CONVS = tuple(
