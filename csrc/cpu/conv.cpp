@@ -118,7 +118,7 @@ const char* algorithm_from_environment() {
 }
 
 // So few output pixels do not repay packing the weights for them.
-constexpr int64_t kPixelsWorthPacking = 48;
+constexpr int64_t kPixelsWorthPacking = 65;
 
 bool is_packed(const ConvShape& s, const OptionalTensor& packed) {
   return packed.has_value() && packed->numel() == s.packed_floats();
