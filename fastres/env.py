@@ -20,8 +20,8 @@ from fastres.version import __version__
 VARIABLES = {
     "FASTRES_CPU_CAPABILITY": "upper bound of the CPU instruction set: baseline, avx2 or avx512",
     "FASTRES_CPU_ALGORITHM": "convolution on the CPU: packed (ours) or aten (torch's); "
-    "default: the faster for the shape",
-    "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours) or cudnn; default: chosen by shape",
+    "default: by shape",
+    "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours), cudnn or auto: ours wherever it fits",
 }
 
 
