@@ -119,6 +119,8 @@ FASTRES_INLINE Floats load(const float16* p) {
 #endif
 }
 
+// Not streaming stores: those were measured 1.4 times faster into warm pages, but 1.6 times slower
+// into the fresh ones that a large output has.
 FASTRES_INLINE void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 FASTRES_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof(v)); }
