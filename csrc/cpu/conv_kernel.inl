@@ -17,6 +17,9 @@ inline constexpr int kConvVecs = 2;
 // second level cache or beyond, in an order that page ends hide from the hardware's prefetcher.
 inline constexpr int kPrefetchSteps = 32;
 inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
+// Sums are taken over stretches of the depth and then added up: one long chain of additions would
+// lose more to rounding than torch does.
+inline constexpr int64_t kConvStretch = 256;
 
 // Sums over `segments` stretches of the row pointers, `length` floats each and `jump` apart.
 struct ConvDepth {
@@ -27,40 +30,53 @@ struct ConvDepth {
 template <int M, int V>
 __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth depth,
                                          const float* weight, int64_t vec_stride, float* tile) {
-  Floats sums[M][V];
+  Floats sums[M][V] = {};
+  bool first = true;
+  const auto flush = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[m][v] = Floats{};
-  }
+      for (int v = 0; v < V; ++v) {
+        float* total = tile + (m * kConvVecs + v) * kFloatLanes;
+        store(total, first ? sums[m][v] : load(total) + sums[m][v]);
+        sums[m][v] = Floats{};
+      }
+    }
+    first = false;
+  };
+  int64_t left = kConvStretch;
   for (int64_t segment = 0; segment < depth.segments; ++segment) {
     const float* a[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) a[m] = rows[m] + segment * depth.jump;
+    for (int64_t k = 0; k < depth.length;) {
+      const int64_t end = min(depth.length, k + left);
+      left -= end - k;
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < depth.length; ++k) {
-      Floats b[V];
+      for (; k < end; ++k) {
+        Floats b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        if (v == 0 || kFloatLanes == kConvPanel) {  // else one cache line holds all vectors
-          __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel);
+        for (int v = 0; v < V; ++v) {
+          if (v == 0 || kFloatLanes == kConvPanel) {  // else one cache line holds all vectors
+            __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel);
+          }
+          b[v] = load(weight + v * vec_stride);
         }
-        b[v] = load(weight + v * vec_stride);
-      }
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Floats x = splat(a[m][k]);
+        for (int m = 0; m < M; ++m) {
+          const Floats x = splat(a[m][k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[m][v] += x * b[v];
+          for (int v = 0; v < V; ++v) sums[m][v] += x * b[v];
+        }
+        weight += kConvPanel;
       }
-      weight += kConvPanel;
+      if (left == 0) {
+        flush();
+        left = kConvStretch;
+      }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(tile + (m * kConvVecs + v) * kFloatLanes, sums[m][v]);
-  }
+  if (first || left != kConvStretch) flush();
 }
 
 using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, float*);
