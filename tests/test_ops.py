@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import ODD_ACTIVATIONS, ODD_CONVS, RESNET_CONVS, Activation, Conv
-from fastres import ops
+from fastres import _C, ops
 from fastres.ops import reference
 from tolerances import assert_within_twice
 
@@ -278,8 +278,10 @@ def test_any_strides_give_the_same_answer(layout: str) -> None:
 
     expected = all_ops(x, w, r)
     actual = all_ops(layouts(x)[layout], layouts(w)[layout], layouts(r)[layout])
-    for a, b_ in zip(actual, expected, strict=True):
-        # Not the same bits: torch's convolutions sum in another order for another layout.
+    # torch's convolutions sum in another order for another layout; ours, the forward's, do not.
+    ours = _C.cpu_capability() != "baseline"
+    for i, (a, b_) in enumerate(zip(actual, expected, strict=True)):
+        assert not ours or i >= 6 or torch.equal(a, b_), f"forward result {i}"
         torch.testing.assert_close(a, b_, rtol=1e-4, atol=1e-4)
 
 
