@@ -228,7 +228,9 @@ def torch_runs(model, x, cotangent, *, train):
         (torch.channels_last, same.roll(1)),
     ):
         twin = copy.deepcopy(model).to(memory_format=layout)
-        result = step(twin, x[order].contiguous(memory_format=layout), cotangent[order], train=train)
+        result = step(
+            twin, x[order].contiguous(memory_format=layout), cotangent[order], train=train
+        )
         result["logits"] = result["logits"][order.argsort()]
         runs.append(result)
     return runs
