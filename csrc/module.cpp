@@ -5,6 +5,8 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/ops.h"
 
 namespace {
 
@@ -31,5 +33,13 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in use: baseline, avx2 or avx512.");
   m.def("available_cpu_capabilities", &fastres::cpu::available_isas,
         "The instruction sets that this machine can use, slowest first.");
+  m.def("packed_conv_weight_numel", &fastres::cpu::packed_conv_weight_numel,
+        "Length of fastres::pack_conv_weight's result for a float32 weight of a shape.",
+        pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("padding"),
+        pybind11::arg("dilation"), pybind11::arg("groups"), pybind11::arg("input_size"));
+  m.def("kept_memory_limit", &fastres::cpu::kept_memory_limit,
+        "Bytes of freed memory that the CPU kernels keep for their next results, at most.");
+  m.def("set_kept_memory_limit", &fastres::cpu::set_kept_memory_limit, pybind11::arg("bytes"),
+        "Set that limit, free what is above it, and return the limit before.");
   m.def("build_info", &build_info, "Compiler and torch version of this build.");
 }

@@ -23,8 +23,8 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "Tensor dresidual_bias)");
 
   m.def(
-      "pack_conv_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) "
-      "-> Tensor");
+      "pack_conv_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
+      "int[] input_size) -> Tensor");
   m.def(
       "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, "
       "Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual, "

@@ -35,6 +35,11 @@ class Conv:
         taps = self.kernel * self.kernel * self.c_in
         return 2 * self.n * self.out * self.out * self.c_out * taps
 
+    @property
+    def factor(self) -> float:
+        """How many times torch's own error fastres's may be: Winograd's algorithm rounds more."""
+        return 4.0 if self.kernel == 3 and self.stride == 1 else 2.0
+
     def batch(self, n: int) -> Conv:
         return replace(self, n=n)
 
@@ -87,6 +92,9 @@ ODD_CONVS = (
     Conv("five-by-five", 6, 18, 5, 1, 11),
     Conv("wide-63", 63, 64, 3, 1, 63),
     Conv("empty-batch", 8, 16, 3, 1, 8, n=0),
+    Conv("one-tile", 32, 16, 3, 1, 1, n=2),
+    Conv("cut-tiles", 16, 48, 3, 1, 7, n=3),
+    Conv("five-panels", 80, 80, 3, 1, 13),
 )
 
 

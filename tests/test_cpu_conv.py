@@ -27,7 +27,7 @@ SMALL_RESNET_CONVS = tuple(
 CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
 
 
-@pytest.fixture(params=["packed", "aten"])
+@pytest.fixture(params=["winograd4", "winograd2", "packed", "aten"])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
     return request.param
@@ -65,6 +65,7 @@ class Problem:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.dtype = dtype
+        self.factor = case.factor
         self.geometry = ([case.stride] * 2, [case.padding] * 2, [1, 1])
         fan_in = case.c_in * case.kernel**2
         self.input = self.images(normal(case.n, case.c_in, case.size, case.size))
@@ -109,7 +110,7 @@ def check_inference(problem: Problem, residual: bool, **kwargs) -> None:
     theirs = problem.inference(reference.conv_bn_relu, same, residual, **kwargs)
     assert actual.dtype == problem.dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
-    assert_within_twice(actual, theirs, exact, "conv_bn_relu")
+    assert_within_twice(actual, theirs, exact, "conv_bn_relu", problem.factor)
 
 
 def check_training(problem: Problem, prologue: bool) -> None:
@@ -118,12 +119,12 @@ def check_training(problem: Problem, prologue: bool) -> None:
     theirs = problem.training(reference.conv_stats, same, prologue)
     assert actual[0].dtype == problem.dtype
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
-    assert_within_twice(actual[0], theirs[0], exact[0], "z")
-    assert_within_twice(actual[2], theirs[2], exact[2], "var")
+    assert_within_twice(actual[0], theirs[0], exact[0], "z", problem.factor)
+    assert_within_twice(actual[2], theirs[2], exact[2], "var", problem.factor)
     # A mean near zero is a difference of large numbers: judge it beside the deviation.
     size = (exact[1].square() + exact[2]).sqrt().norm()
     ours_error, their_error = ((m[1].double() - exact[1]).norm() for m in (actual, theirs))
-    assert ours_error <= 2 * their_error + 2e-7 * size
+    assert ours_error <= problem.factor * their_error + 2e-7 * size
 
 
 @pytest.mark.parametrize("case", SMALL_RESNET_CONVS, ids=str)
@@ -220,18 +221,45 @@ def test_layouts(case: Conv, layout: str, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("case", [*ODD_CONVS, *SMALL_RESNET_CONVS[::6]], ids=str)
-def test_packed_weight(case: Conv, packed_algorithm: None) -> None:
+def test_packed_weight(case: Conv, algorithm: str) -> None:
     problem = Problem(case, torch.float32)
-    packed = pack_conv_weight(problem.weight, *problem.geometry)
-    torch.testing.assert_close(
-        packed, reference.pack_conv_weight(problem.weight, *problem.geometry, 1), rtol=0, atol=0
-    )
+    size = [case.n, case.size, case.size]
+    packed = pack_conv_weight(problem.weight, *problem.geometry, 1, size)
     channels_last = problem.weight.contiguous(memory_format=torch.channels_last)
-    assert pack_conv_weight(channels_last, *problem.geometry).equal(packed)
+    assert pack_conv_weight(channels_last, *problem.geometry, 1, size).equal(packed)
     expected = problem.inference(conv_bn_relu, same, False)
     for given in (packed, packed.new_empty(0), packed[:-1]):
         result = problem.inference(conv_bn_relu, same, False, packed=given)
         assert result.equal(expected)
+
+
+def test_packed_order(packed_algorithm: None) -> None:
+    weight = torch.randn(33, 5, 3, 2)
+    padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 15))
+    panels = padded.view(3, 16, 5, 3, 2).permute(0, 3, 4, 2, 1)
+    assert pack_conv_weight(weight, [1, 1], [1, 1], [1, 1]).equal(panels.reshape(-1))
+
+
+@pytest.mark.parametrize("form", ["winograd4", "winograd2", "packed"])
+def test_every_form_serves_every_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 32, 3, 3)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", form)
+    packed = pack_conv_weight(weight, *geometry)
+    monkeypatch.delenv("FASTRES_CPU_ALGORITHM")
+    zeros, ones = torch.zeros(32), torch.ones(32)
+    for n, h, w in ((1, 1, 1), (2, 4, 9), (40, 7, 7)):
+        x = torch.randn(n, 32, h, w)
+        y = conv_bn_relu(x, weight, None, zeros, ones, None, None, 0.0, None, *geometry, False,
+                         packed)  # fmt: skip
+        assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) < 3e-6
+
+
+def test_input_size_of_packing() -> None:
+    weight = torch.randn(32, 32, 3, 3)
+    for size in ([1, 2], [1, -1, 3]):
+        with pytest.raises(RuntimeError, match="pack_conv_weight: input_size must be empty or"):
+            pack_conv_weight(weight, [1, 1], [1, 1], [1, 1], 1, size)
 
 
 def test_statistics_of_a_large_mean(algorithm: str) -> None:
@@ -253,8 +281,10 @@ def test_statistics_do_not_change_from_run_to_run(packed_algorithm: None, thread
             assert a.equal(b)
 
 
-def test_nan_and_infinity(algorithm: str) -> None:
-    problem = Problem(Conv("nan", 16, 16, 1, 1, 4, n=3), torch.float32)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_nan_and_infinity(kernel: int, algorithm: str) -> None:
+    """As in torch, also in the pixels beside: Winograd's tiles must not spread them."""
+    problem = Problem(Conv("nan", 16, 16, kernel, 1, 9, n=3), torch.float32)
     problem.input[0, 3, 1, 2] = float("nan")
     problem.input[1, 2, 0, 0] = float("inf")
     actual = problem.inference(conv_bn_relu, same, False)
@@ -262,9 +292,24 @@ def test_nan_and_infinity(algorithm: str) -> None:
     assert actual[0, :, 1, 2].isnan().all()
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
     z, mean, var = problem.training(conv_stats, same, False)
-    assert z[0, :, 1, 2].isnan().all() and mean.isnan().all() and var.isnan().all()
+    expected_z = problem.training(reference.conv_stats, same, False)[0]
+    torch.testing.assert_close(z, expected_z, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert mean.isnan().all() and var.isnan().all()
     a = problem.training(conv_stats, same, True)[0]
     assert a[0, :, 1, 2].isnan().all() and not a[2].isnan().any()
+
+
+@pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
+def test_products_that_overflow_in_winograds_positions(
+    tile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
+    problem = Problem(Conv("large", 16, 16, 3, 1, 8), torch.float32)
+    problem.input *= 2e37
+    z = problem.training(conv_stats, same, False)[0]
+    assert z.isfinite().all()
+    exact = F.conv2d(problem.input.double(), problem.weight.double(), padding=1)
+    assert relative_error(z, exact) < 2e-6
 
 
 def test_empty_batch(algorithm: str) -> None:
@@ -348,7 +393,7 @@ def test_lower_instruction_sets(isa: str) -> None:
     if isa not in _C.available_cpu_capabilities():
         pytest.skip(f"this processor has no {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
-    some = "uneven or packed and (odd or nan or large_mean or layouts)"
+    some = "uneven or (packed or winograd) and (odd or nan or large_mean or layouts or every_form)"
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-k", some, str(Path(__file__))],
         env=os.environ | {"FASTRES_CPU_CAPABILITY": isa},

@@ -326,8 +326,9 @@ def assert_packs_are_true(module, x):
     calls = [args for name, args in recorded.calls if name == "conv_bn_relu"]
     assert calls
     for args in calls:
-        weight, packed = args[1], args[-1]
-        assert torch.equal(packed, ops.pack_conv_weight(weight, *args[9:13]))
+        x, weight, packed = args[0], args[1], args[-1]
+        size = [x.shape[0], *x.shape[2:]]
+        assert torch.equal(packed, ops.pack_conv_weight(weight, *args[9:13], size))
 
 
 CHANGES = {

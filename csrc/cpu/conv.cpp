@@ -1,10 +1,4 @@
-// Forward convolutions. Two algorithms compute them:
-//   packed  an implicit GEMM over packed weights in float32, its prologue, epilogue and statistics
-//           in the same pass (conv_kernel.inl)
-//   aten    torch's own convolution between passes of ours: for what `packed` does not do (groups,
-//           dilation, float64), and where torch's is the faster one
-// choose_algorithm() takes the first of them that does; the environment variable
-// FASTRES_CPU_ALGORITHM=packed|aten names one for every convolution that it can do.
+// Forward convolutions: packing of weights, choice of the algorithm, and the ops.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -12,29 +6,17 @@
 #include <new>
 
 #include "channel_rows.h"
-#include "isa.h"
+#include "conv_algorithm.h"
+#include "conv_shape.h"
+#include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "winograd.h"
 
 namespace fastres::cpu {
 namespace {
 
 using torch::stable::parallel_for;
-
-struct ConvShape {
-  int64_t n, ci, ih, iw, co, oh, ow, kh, kw;
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups;
-
-  std::array<int64_t, 4> output() const { return {n, co, oh, ow}; }
-  int64_t pixels() const { return n * oh * ow; }
-  int64_t panels() const { return (co + kConvPanel - 1) / kConvPanel; }
-  int64_t packed_floats() const { return panels() * kConvPanel * ci * kh * kw; }
-};
 
 std::array<int64_t, 2> check_pair(const char* op, const char* name,
                                   const std::vector<int64_t>& values, int64_t smallest) {
@@ -92,54 +74,34 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
   return s;
 }
 
-enum class Algorithm { packed, aten };
-
-// Whether the processor has dot products of this 16-bit type, with which torch's convolution
-// outruns ours in float32. (float16 arithmetic without dot products, AVX512_FP16, does not.)
-bool has_dot_products(DType dtype) {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0) return false;
-  if (dtype == DType::bfloat16) return (a >> 5 & 1) != 0;  // AVX512_BF16
-  if (dtype == DType::float16) return (a >> 21 & 1) != 0;  // AMX_FP16
-#endif
-  return false;
-}
-
-// Read at every call, a getenv among milliseconds, so that a test can change it.
-const char* algorithm_from_environment() {
-  const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
-  if (value == nullptr || *value == '\0') return nullptr;
-  if (std::string(value) != "packed" && std::string(value) != "aten") {
-    throw std::runtime_error(std::string("FASTRES_CPU_ALGORITHM must be packed or aten, got '") +
-                             value + "'");
-  }
-  return value;
+// Length of the weights in the form that an algorithm other than aten reads.
+int64_t packed_floats(const ConvShape& s, Algorithm a) {
+  return is_winograd(a) ? winograd_packed_floats(s, winograd_tile(a)) : s.packed_floats();
 }
 
 // So few output pixels do not repay packing the weights for them.
 constexpr int64_t kPixelsWorthPacking = 65;
-
-bool is_packed(const ConvShape& s, const OptionalTensor& packed) {
-  return packed.has_value() && packed->numel() == s.packed_floats();
+// The form that `packed` is in, if it is in one.
+std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed) {
+  if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
+  for (const Algorithm a : {Algorithm::packed, Algorithm::winograd4, Algorithm::winograd2}) {
+    if (is_winograd(a) && !winograd_fits(s)) continue;
+    if (packed->numel() == packed_floats(s, a)) return a;
+  }
+  return std::nullopt;
 }
 
 Algorithm choose_algorithm(const ConvShape& s, DType dtype, const OptionalTensor& packed) {
   const bool can_pack = s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
                         dtype != DType::float64 && s.ci > 0 && s.co > 0;
   if (!can_pack) return Algorithm::aten;
-  if (const char* name = algorithm_from_environment()) {
-    return std::string(name) == "packed" ? Algorithm::packed : Algorithm::aten;
+  if (const auto named = algorithm_from_environment()) {
+    return *named == Algorithm::aten ? Algorithm::aten : choose_form(s, true);
   }
-  if (!is_packed(s, packed) && s.pixels() < kPixelsWorthPacking) return Algorithm::aten;
-  static const bool dot_products[kDTypes] = {false, has_dot_products(DType::bfloat16),
-                                             has_dot_products(DType::float16), false};
-  if (dot_products[static_cast<int>(dtype)]) return Algorithm::aten;
-#if defined(__x86_64__)
-  // torch's own kernels use what the machine has; without FMA ours have no edge.
-  if (current_isa() == Isa::baseline) return Algorithm::aten;
-#endif
-  return Algorithm::packed;
+  const std::optional<Algorithm> form = form_of(s, packed);
+  if (!form && s.pixels() < kPixelsWorthPacking) return Algorithm::aten;
+  if (torch_is_faster(dtype)) return Algorithm::aten;
+  return form ? *form : choose_form(s, true);
 }
 
 struct AlignedDelete {
@@ -162,7 +124,7 @@ AlignedArray<float> padded_vector(const std::vector<double>& values) {
   return out;
 }
 
-void pack(const Tensor& weight, const ConvShape& s, float* packed) {
+void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
   const ConvWeight w{.data = static_cast<const float*>(weight.const_data_ptr()),
                      .stride_o = weight.stride(0),
                      .stride_i = weight.stride(1),
@@ -172,6 +134,10 @@ void pack(const Tensor& weight, const ConvShape& s, float* packed) {
                      .ci = s.ci,
                      .kh = s.kh,
                      .kw = s.kw};
+  if (is_winograd(form)) {
+    winograd_pack(w, winograd_tile(form), packed);
+    return;
+  }
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * s.ci * s.kh * s.kw));
   parallel_for(0, s.panels(), grain,
                [&](int64_t begin, int64_t end) { kernels().conv_pack(w, packed, begin, end); });
@@ -192,8 +158,6 @@ struct Plan {
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kBlockPixels = 1024;
 constexpr int64_t kLargeWeights = 2 * 1024 * 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Plan make_plan(const ConvShape& s, const KernelTable& table, int64_t threads) {
   // Channel groups read the input once more each, pixel blocks the weights: with few pixels and
@@ -335,27 +299,46 @@ Tensor with_dense_channels(const Tensor& input) {
   return as_channels_last(input);
 }
 
-// What both ops give to the packed algorithm. Keeps alive what args points to.
+// What both ops give to the algorithms over packed weights. Keeps alive what args points to.
 struct PackedConv {
-  Tensor input;
-  AlignedArray<float> weight;
+  Tensor input, weight;
+  Algorithm form;
+  Scratch packed;
   ConvArgs args{};
 
-  PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& packed,
-             const ConvShape& s)
-      : input(with_dense_channels(input_)) {
-    if (is_packed(s, packed)) {
-      args.weight = static_cast<const float*>(packed->const_data_ptr());
+  PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
+             const ConvShape& s, Algorithm form_)
+      : input(with_dense_channels(input_)), weight(weight_), form(form_) {
+    if (form_of(s, given) == form) {
+      args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
-      weight = aligned_array<float>(s.packed_floats());
-      const bool is_float = weight_.scalar_type() == ScalarType::Float;
-      pack(is_float ? weight_ : torch::stable::to(weight_, ScalarType::Float), s, weight.get());
-      args.weight = weight.get();
+      pack_as(s, form);
     }
     args.input = input.const_data_ptr();
     args.input_stride_n = input.stride(0);
     args.input_stride_h = input.stride(2);
     args.input_stride_w = input.stride(3);
+  }
+
+  // Returns (kConvSums, whole panels) of z where asked for.
+  std::vector<double> run(const ConvShape& s, DType dtype, bool statistics) {
+    if (is_winograd(form)) {
+      auto sums = run_winograd(args, s, dtype, winograd_tile(form), statistics);
+      if (sums.has_value()) return std::move(*sums);
+      // An infinity or a NaN, which belongs to fewer pixels than Winograd's tiles give it to.
+      pack_as(s, Algorithm::packed);
+    }
+    return run_packed(args, s, dtype, statistics);
+  }
+
+ private:
+  void pack_as(const ConvShape& s, Algorithm new_form) {
+    form = new_form;
+    packed = scratch_floats(packed_floats(s, form));
+    const bool is_float = weight.scalar_type() == ScalarType::Float;
+    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form,
+         packed.floats());
+    args.weight = packed.floats();
   }
 };
 
@@ -416,24 +399,70 @@ std::vector<double> sums_of(const Tensor& z, DType dtype) {
 
 }  // namespace
 
+namespace {
+
+ConvShape shape_to_pack(const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        int64_t groups, const std::vector<int64_t>& input_size) {
+  const char* op = "pack_conv_weight";
+  if (groups < 1) fail(op, "groups must be >= 1, got ", groups);
+  const bool valid =
+      input_size.empty() ||
+      (input_size.size() == 3 && *std::min_element(input_size.begin(), input_size.end()) >= 0);
+  if (!valid) {
+    fail(op, "input_size must be empty or (N, H, W), got ",
+         shape_string({input_size.data(), input_size.size()}));
+  }
+  ConvShape s{.n = 0,
+              .ci = weight[1] * groups,
+              .ih = 0,
+              .iw = 0,
+              .co = weight[0],
+              .oh = 0,
+              .ow = 0,
+              .kh = weight[2],
+              .kw = weight[3],
+              .stride = check_pair(op, "stride", stride, 1),
+              .padding = check_pair(op, "padding", padding, 0),
+              .dilation = check_pair(op, "dilation", dilation, 1),
+              .groups = groups};
+  if (!input_size.empty()) {
+    s.n = input_size[0];
+    s.ih = input_size[1];
+    s.iw = input_size[2];
+    s.oh = std::max<int64_t>((s.ih + 2 * s.padding[0] - s.kh) / s.stride[0] + 1, 0);
+    s.ow = std::max<int64_t>((s.iw + 2 * s.padding[1] - s.kw) / s.stride[1] + 1, 0);
+  }
+  return s;
+}
+
+bool packs(const ConvShape& s) { return s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1; }
+
+}  // namespace
+
+int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
+                                 const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding,
+                                 const std::vector<int64_t>& dilation, int64_t groups,
+                                 const std::vector<int64_t>& input_size) {
+  const ConvShape s = shape_to_pack(weight, stride, padding, dilation, groups, input_size);
+  return packs(s) ? packed_floats(s, choose_form(s, false)) : 0;
+}
+
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                        int64_t groups) {
-  const char* op = "pack_conv_weight";
-  const DType dtype = check_weight(op, weight);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  const std::array<int64_t, 2> dilations = check_pair(op, "dilation", dilation, 1);
-  if (groups < 1) fail(op, "groups must be >= 1, got ", groups);
-  ConvShape s{};
-  s.co = weight.size(0);
-  s.ci = weight.size(1);
-  s.kh = weight.size(2);
-  s.kw = weight.size(3);
-  const bool useful =
-      dtype == DType::float32 && groups == 1 && dilations == std::array<int64_t, 2>{1, 1};
-  Tensor packed = empty_vector(useful ? s.packed_floats() : 0, ScalarType::Float);
-  if (packed.numel() > 0) pack(weight, s, static_cast<float*>(packed.mutable_data_ptr()));
+                        int64_t groups, const std::vector<int64_t>& input_size) {
+  const DType dtype = check_weight("pack_conv_weight", weight);
+  const ConvShape s =
+      shape_to_pack({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
+                    padding, dilation, groups, input_size);
+  if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
+  const Algorithm form = choose_form(s, false);
+  Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
+  if (packed.numel() == 0) return packed;
+  float* data = static_cast<float*>(packed.mutable_data_ptr());
+  advise_huge_pages(data, static_cast<size_t>(packed.numel()) * sizeof(float));
+  pack(weight, s, form, data);
   return packed;
 }
 
@@ -476,7 +505,8 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   }
 
   if (s.pixels() == 0) return empty_channels_last(output, type);
-  if (choose_algorithm(s, dtype, packed) == Algorithm::aten) {
+  const Algorithm algorithm = choose_algorithm(s, dtype, packed);
+  if (algorithm == Algorithm::aten) {
     const Tensor z = aten_convolution(input, weight, s);
     std::vector<double> mean = bn.mean;
     for (int64_t c = 0; c < s.co; ++c) mean[c] -= bias_values[c];
@@ -488,13 +518,13 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   const AlignedArray<float> scale_floats = padded_vector(bn.scale);
   const AlignedArray<float> shift_floats = padded_vector(shift);
   Tensor y = empty_channels_last(output, type);
-  PackedConv conv(input, weight, packed, s);
+  PackedConv conv(input, weight, packed, s, algorithm);
   conv.args.output = y.mutable_data_ptr();
   conv.args.scale = scale_floats.get();
   conv.args.shift = shift_floats.get();
   conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
   conv.args.relu = relu;
-  run_packed(conv.args, s, dtype, false);
+  conv.run(s, dtype, false);
   return y;
 }
 
@@ -531,7 +561,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
   }
   std::vector<double> sums;
   Tensor z;
-  if (choose_algorithm(s, dtype, std::nullopt) == Algorithm::aten) {
+  const Algorithm algorithm = choose_algorithm(s, dtype, std::nullopt);
+  if (algorithm == Algorithm::aten) {
     Tensor a = input;
     if (prologue.has_value()) {
       const Tensor rows = as_channels_last(input);
@@ -542,7 +573,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
     sums = sums_of(z, dtype);
   } else {
     z = empty_channels_last(s.output(), type);
-    PackedConv conv(input, weight, std::nullopt, s);
+    PackedConv conv(input, weight, std::nullopt, s, algorithm);
     AlignedArray<float> mean_floats, scale_floats, bias_floats;
     if (prologue.has_value()) {
       mean_floats = padded_vector(prologue->mean);
@@ -553,7 +584,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
       conv.args.in_bias = bias_floats.get();
     }
     conv.args.output = z.mutable_data_ptr();
-    sums = run_packed(conv.args, s, dtype, true);
+    sums = conv.run(s, dtype, true);
   }
   const int64_t plane = static_cast<int64_t>(sums.size()) / kConvSums;
   for (int64_t c = 0; c < s.co; ++c) {

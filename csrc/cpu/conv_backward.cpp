@@ -2,19 +2,17 @@
 
 #include "backward_sweep.h"
 #include "channel_rows.h"
+#include "conv_algorithm.h"
 #include "conv_backward_gemm.h"
+#include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
+#include "winograd.h"
 
 namespace fastres::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_stats_backward";
-
-struct ConvShape {
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups;
-};
 
 std::array<int64_t, 2> check_pair(const char* name, const std::vector<int64_t>& values,
                                   int64_t smallest) {
@@ -26,9 +24,9 @@ std::array<int64_t, 2> check_pair(const char* name, const std::vector<int64_t>& 
   return {values[0], values[1]};
 }
 
-// Checks that z can be the convolution's output.
+// Checks that z can be the convolution's output, and fills in the sizes.
 void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& z,
-                       const ConvShape& conv) {
+                       ConvShape& conv) {
   check_cpu(kOp, "weight", weight);
   check_same_dtype(kOp, "weight", weight, "input", input);
   if (conv.groups < 1 || input.size(1) % conv.groups != 0) {
@@ -55,6 +53,15 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& 
       fail(kOp, "z must be of shape ", shape_string(expected), ", got ", shape_string(z));
     }
   }
+  conv.n = input.size(0);
+  conv.ci = input.size(1);
+  conv.ih = input.size(2);
+  conv.iw = input.size(3);
+  conv.co = z.size(1);
+  conv.oh = z.size(2);
+  conv.ow = z.size(3);
+  conv.kh = weight.size(2);
+  conv.kw = weight.size(3);
 }
 
 // dzt = dz + dmean/n + dvar*2*(z - mean)/n: z's gradient, its mean's and its variance's as one.
@@ -279,6 +286,124 @@ Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const
   return gradients;
 }
 
+// Which of the two gradients are Winograd's.
+struct WinogradPlan {
+  bool weight = false;
+  std::optional<Algorithm> input;  // winograd4 or winograd2
+};
+
+// The convolution that turns the output's gradient into the input's: the kernels turned by half a
+// circle, their channels exchanged.
+ConvShape transposed(const ConvShape& s) {
+  ConvShape t = s;
+  std::swap(t.ci, t.co);
+  std::swap(t.ih, t.oh);
+  std::swap(t.iw, t.ow);
+  for (int d = 0; d < 2; ++d) t.padding[d] = 2 - s.padding[d];
+  return t;
+}
+
+WinogradPlan plan_winograd(const ConvShape& s, DType dtype) {
+  WinogradPlan plan;
+  const bool fits = dtype != DType::float64 && winograd_fits(s) && s.pixels() > 0 &&
+                    s.padding[0] <= 2 && s.padding[1] <= 2;
+  if (!fits) return plan;
+  const std::optional<Algorithm> named = algorithm_from_environment();
+  if (named ? !is_winograd(*named) : torch_is_faster(dtype)) return plan;
+  plan.weight = named || winograd_gradient_pays(s);
+  const Algorithm form = choose_form(transposed(s), true);
+  if (is_winograd(form)) plan.input = form;
+  return plan;
+}
+
+// The input's gradient, or none where a result is not finite and may be wrong.
+OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, const ConvShape& s,
+                                       DType dtype, Algorithm form) {
+  const ConvShape t = transposed(s);
+  const int tile = winograd_tile(form);
+  const Tensor kernels = weight.scalar_type() == ScalarType::Float
+                             ? weight
+                             : torch::stable::to(weight, ScalarType::Float);
+  const ConvWeight turned{.data = static_cast<const float*>(kernels.const_data_ptr()) +
+                                  2 * (kernels.stride(2) + kernels.stride(3)),
+                          .stride_o = kernels.stride(1),
+                          .stride_i = kernels.stride(0),
+                          .stride_h = -kernels.stride(2),
+                          .stride_w = -kernels.stride(3),
+                          .co = t.co,
+                          .ci = t.ci,
+                          .kh = 3,
+                          .kw = 3};
+  const Scratch packed = scratch_floats(winograd_packed_floats(t, tile));
+  winograd_pack(turned, tile, packed.floats());
+  const Tensor dinput =
+      empty_channels_last(std::array<int64_t, 4>{s.n, s.ci, s.ih, s.iw}, dzt.scalar_type());
+  ConvArgs args{};
+  args.input = dzt.const_data_ptr();
+  args.input_stride_w = t.ci;
+  args.input_stride_h = t.iw * t.ci;
+  args.input_stride_n = t.ih * t.iw * t.ci;
+  args.weight = packed.floats();
+  args.output = dinput.mutable_data_ptr();
+  if (!run_winograd(args, t, dtype, tile, false).has_value()) return std::nullopt;
+  return dinput;
+}
+
+// The weight's gradient in the weight's format, or none where a result is not finite.
+OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
+                                        const Tensor& weight,
+                                        const std::optional<Prologue>& prologue, const ConvShape& s,
+                                        DType dtype) {
+  const bool channels_last = !weight.is_contiguous() && is_channels_last(weight);
+  Tensor dweight = torch::stable::empty(weight.sizes(), ScalarType::Float);
+  if (channels_last) dweight = empty_channels_last(weight.sizes(), ScalarType::Float);
+  ConvArgs args{};
+  args.input = input.const_data_ptr();
+  args.input_stride_w = s.ci;
+  args.input_stride_h = s.iw * s.ci;
+  args.input_stride_n = s.ih * s.iw * s.ci;
+  if (prologue) {
+    args.in_mean = static_cast<const float*>(prologue->mean.data());
+    args.in_scale = static_cast<const float*>(prologue->scale.data());
+    args.in_bias = static_cast<const float*>(prologue->bias.data());
+  }
+  const WinogradKernelGradient out{static_cast<float*>(dweight.mutable_data_ptr()),
+                                   dweight.stride(0), dweight.stride(1), dweight.stride(2),
+                                   dweight.stride(3)};
+  if (!run_winograd_gradient(args, dzt.const_data_ptr(), s, dtype, out)) return std::nullopt;
+  return weight.scalar_type() == ScalarType::Float
+             ? dweight
+             : torch::stable::to(dweight, weight.scalar_type());
+}
+
+// By Winograd's algorithm where the plan says so and no infinity or NaN forbids it, else by aten.
+Gradients backward_winograd(const OutputGradient& output, const Tensor& input, const Tensor& weight,
+                            const std::optional<Prologue>& prologue, const ConvShape& s,
+                            DType dtype, const WinogradPlan& plan, bool needs_input,
+                            bool needs_weight) {
+  const Tensor dzt = output.compute();
+  Gradients gradients;
+  if (needs_weight && plan.weight) {
+    gradients.weight = winograd_weight_gradient(dzt, input, weight, prologue, s, dtype);
+  }
+  if (needs_input && plan.input) {
+    gradients.input = winograd_input_gradient(dzt, weight, s, dtype, *plan.input);
+  }
+  const bool input_left = needs_input && !gradients.input.has_value();
+  const bool weight_left = needs_weight && !gradients.weight.has_value();
+  if (input_left || weight_left) {
+    const Tensor a = prologue && weight_left ? prologue->apply(input) : input;
+    const auto [da, dweight] = convolution_backward(dzt, a, weight, s, input_left, weight_left);
+    if (input_left) gradients.input = as_channels_last(*da);
+    if (weight_left) gradients.weight = dweight;
+  }
+  if (prologue && needs_input) {
+    const RowSums sums = prologue->backward(*gradients.input, input);
+    gradients.vectors = BatchNormGradients(prologue->bn, sums[0], sums[1]);
+  }
+  return gradients;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
@@ -289,8 +414,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
     const std::vector<int64_t>& dilation, int64_t groups, bool needs_input, bool needs_weight) {
   const DType dtype = check_images(kOp, "input", input);
   const ScalarType type = input.scalar_type();
-  const ConvShape conv{check_pair("stride", stride, 1), check_pair("padding", padding, 0),
-                       check_pair("dilation", dilation, 1), groups};
+  ConvShape conv{};
+  conv.stride = check_pair("stride", stride, 1);
+  conv.padding = check_pair("padding", padding, 0);
+  conv.dilation = check_pair("dilation", dilation, 1);
+  conv.groups = groups;
   check_cpu(kOp, "z", z);
   check_same_dtype(kOp, "z", z, "input", input);
   check_convolution(input, weight, z, conv);
@@ -325,11 +453,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   BatchNormGradients vectors;
   if (needs_input || needs_weight) {
     const OutputGradient output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
-    const bool gemm = gemm_is_faster(input, weight, z, conv);
-    const Gradients gradients =
-        gemm ? backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input,
-                             needs_weight)
-             : backward_aten(output, input_rows, weight, prologue, conv, needs_input, needs_weight);
+    const WinogradPlan winograd = plan_winograd(conv, dtype);
+    Gradients gradients;
+    if ((winograd.weight && needs_weight) || (winograd.input && needs_input)) {
+      gradients = backward_winograd(output, input_rows, weight, prologue, conv, dtype, winograd,
+                                    needs_input, needs_weight);
+    } else if (gemm_is_faster(input, weight, z, conv)) {
+      gradients =
+          backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input, needs_weight);
+    } else {
+      gradients =
+          backward_aten(output, input_rows, weight, prologue, conv, needs_input, needs_weight);
+    }
     if (needs_input) dinput = *gradients.input;
     if (needs_weight) dweight = in_format_of(weight, *gradients.weight);
     vectors = gradients.vectors;

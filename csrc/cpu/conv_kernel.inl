@@ -15,21 +15,25 @@ inline constexpr int kConvRows = 4;
 inline constexpr int kConvVecs = 2;
 // How far ahead of its use a weight is asked for, in steps along the depth: it comes from the
 // second level cache or beyond, in an order that page ends hide from the hardware's prefetcher.
-inline constexpr int kPrefetchSteps = 32;
+inline constexpr int kPrefetchSteps = 64;
 inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
+inline constexpr int64_t kWeightBytes = 256 * 1024;
 // Sums are taken over stretches of the depth and then added up: one long chain of additions would
 // lose more to rounding than torch does.
 inline constexpr int64_t kConvStretch = 256;
 
-// Sums over `segments` stretches of the row pointers, `length` floats each and `jump` apart.
+// Sums over `segments` parts of the row pointers, `length` floats each and `jump` apart, taken in
+// stretches of `stretch` floats.
 struct ConvDepth {
   int64_t segments, length, jump;
+  int64_t stretch = kConvStretch;
 };
 
-// tile[m][v] = sum over k of rows[m][k] * weight[v * vec_stride + 16 * k].
+// tile[m * tile_stride + v * lanes] = sum over k of rows[m][k] * weight[v * vec_stride + 16 * k].
 template <int M, int V>
 __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth depth,
-                                         const float* weight, int64_t vec_stride, float* tile) {
+                                         const float* weight, int64_t vec_stride, float* tile,
+                                         int64_t tile_stride) {
   Floats sums[M][V] = {};
   bool first = true;
   const auto flush = [&]() __attribute__((always_inline)) {
@@ -37,14 +41,14 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        float* total = tile + (m * kConvVecs + v) * kFloatLanes;
+        float* total = tile + m * tile_stride + v * kFloatLanes;
         store(total, first ? sums[m][v] : load(total) + sums[m][v]);
         sums[m][v] = Floats{};
       }
     }
     first = false;
   };
-  int64_t left = kConvStretch;
+  int64_t left = depth.stretch;
   for (int64_t segment = 0; segment < depth.segments; ++segment) {
     const float* a[M];
 #pragma GCC unroll 16
@@ -58,7 +62,7 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           if (v == 0 || kFloatLanes == kConvPanel) {  // else one cache line holds all vectors
-            __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel);
+            __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel, 0, 2);
           }
           b[v] = load(weight + v * vec_stride);
         }
@@ -72,14 +76,14 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
       }
       if (left == 0) {
         flush();
-        left = kConvStretch;
+        left = depth.stretch;
       }
     }
   }
-  if (first || left != kConvStretch) flush();
+  if (first || left != depth.stretch) flush();
 }
 
-using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, float*);
+using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, float*, int64_t);
 
 template <int V, int... M>
 struct ConvTiles {
@@ -280,30 +284,38 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
   const ConvStoreFn store_both = conv_store_of<T, kConvVecs>(args);
   const ConvStoreFn store_one = conv_store_of<T, 1>(args);
   alignas(64) float tile[kConvRows * kConvColumns];
-  for (int64_t c = block.panel0 * kConvPanel; c < end; c += kConvColumns) {
-    const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
-    const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
-    const int vecs = whole + (rest != 0 ? 1 : 0);
-    const float* weight = args.weight + c / kConvPanel * panel_floats + c % kConvPanel;
+  // Where one column's weights are few, several columns at a time: a pixel's channels are written,
+  // and its residual is read, in one go.
+  const int64_t column_bytes = kConvColumns * (panel_floats / kConvPanel) * 4;
+  const bool few = args.kh * args.kw == 1 && column_bytes <= kWeightBytes / 8;
+  const int64_t group = few ? kWeightBytes / column_bytes * kConvColumns : kConvColumns;
+  for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
+    const int64_t group1 = min(group0 + group, end);
     int64_t first = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int rows = static_cast<int>(pixels / tiles + (t < pixels % tiles ? 1 : 0));
       const int64_t* offsets = scratch.offsets + first;
-      const ConvTileFn compute =
-          vecs == kConvVecs ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
-      compute(scratch.rows + first, depth, weight, vec_stride, tile);
-      if (whole == kConvVecs) {
-        store_both(args, tile, rows, offsets, c);
-      } else if (whole == 1) {
-        store_one(args, tile, rows, offsets, c);
-      }
-      if (rest != 0) {
-        conv_store_partial<T>(args, tile + whole * kFloatLanes, rows, offsets,
-                              c + whole * kFloatLanes, rest);
-      }
-      for (int v = 0; sums != nullptr && v < vecs; ++v) {
-        conv_add_sums(tile + v * kFloatLanes, rows, kConvColumns, sums + c + v * kFloatLanes,
-                      plane);
+      for (int64_t c = group0; c < group1; c += kConvColumns) {
+        const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
+        const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
+        const int vecs = whole + (rest != 0 ? 1 : 0);
+        const float* weight = args.weight + c / kConvPanel * panel_floats + c % kConvPanel;
+        const ConvTileFn compute =
+            vecs == kConvVecs ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
+        compute(scratch.rows + first, depth, weight, vec_stride, tile, kConvColumns);
+        if (whole == kConvVecs) {
+          store_both(args, tile, rows, offsets, c);
+        } else if (whole == 1) {
+          store_one(args, tile, rows, offsets, c);
+        }
+        if (rest != 0) {
+          conv_store_partial<T>(args, tile + whole * kFloatLanes, rows, offsets,
+                                c + whole * kFloatLanes, rest);
+        }
+        for (int v = 0; sums != nullptr && v < vecs; ++v) {
+          conv_add_sums(tile + v * kFloatLanes, rows, kConvColumns, sums + c + v * kFloatLanes,
+                        plane);
+        }
       }
       first += rows;
     }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "conv_kernel.h"
+#include "winograd_kernel.h"
 
 namespace fastres::cpu {
 
@@ -116,6 +117,10 @@ struct KernelTable {
   int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
   ConvBlockFn conv_block[kDTypes];  // none for float64
   ConvPackFn conv_pack;
+  WinogradBlockFn winograd_block[2][kDTypes];  // of F(4,3) and F(2,3); none for float64
+  ConvPackFn winograd_pack[2];
+  WinogradGradientFn winograd_gradient[kDTypes];  // none for float64
+  WinogradGradientEndFn winograd_gradient_end;
   ChannelSumsFn channel_sums[kDTypes];
 };
 

@@ -9,6 +9,7 @@
 #include "bn_add_relu_kernel.inl"
 #include "conv_backward_kernel.inl"
 #include "conv_kernel.inl"
+#include "winograd_kernel.inl"
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -48,6 +49,18 @@ constexpr KernelTable make_table() {
   t.conv_block[static_cast<int>(DType::bfloat16)] = conv_block<bfloat16>;
   t.conv_block[static_cast<int>(DType::float16)] = conv_block<float16>;
   t.conv_pack = conv_pack;
+  auto set_winograd = [&]<int O>(int index) {
+    t.winograd_block[index][static_cast<int>(DType::float32)] = winograd_block<float, O>;
+    t.winograd_block[index][static_cast<int>(DType::bfloat16)] = winograd_block<bfloat16, O>;
+    t.winograd_block[index][static_cast<int>(DType::float16)] = winograd_block<float16, O>;
+    t.winograd_pack[index] = winograd_pack<O>;
+  };
+  t.winograd_gradient[static_cast<int>(DType::float32)] = winograd_gradient<float>;
+  t.winograd_gradient[static_cast<int>(DType::bfloat16)] = winograd_gradient<bfloat16>;
+  t.winograd_gradient[static_cast<int>(DType::float16)] = winograd_gradient<float16>;
+  t.winograd_gradient_end = winograd_gradient_end;
+  set_winograd.template operator()<4>(0);
+  set_winograd.template operator()<2>(1);
   return t;
 }
 

@@ -30,9 +30,16 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
                      const OptionalTensor& residual_var, const OptionalTensor& residual_weight,
                      double residual_eps, bool relu);
 
+// Length of pack_conv_weight's result for a float32 weight (co, ci, kh, kw).
+int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
+                                 const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding,
+                                 const std::vector<int64_t>& dilation, int64_t groups,
+                                 const std::vector<int64_t>& input_size);
+
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                        int64_t groups);
+                        int64_t groups, const std::vector<int64_t>& input_size);
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     const Tensor& running_mean, const Tensor& running_var,

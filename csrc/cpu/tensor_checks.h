@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "memory.h"
 
 namespace fastres::cpu {
 
@@ -154,11 +155,6 @@ inline bool is_channels_last(const Tensor& t) {
 // t itself where it is channels_last already, else a copy that is.
 inline Tensor as_channels_last(const Tensor& t) {
   return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-
-inline Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
 }
 
 inline Tensor empty_vector(int64_t size, ScalarType type) {

@@ -153,7 +153,7 @@ def _conv_bn(
         and weight.is_cpu
         and weight.dtype == torch.float32
     ):
-        packed = packed_weights.get(conv, weight)
+        packed = packed_weights.get(conv, weight, x)
     bn_parameters, buffers = bn._parameters, bn._buffers
     return ops.conv_bn_relu(
         x,

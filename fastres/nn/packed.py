@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,22 @@ from torch import Tensor, nn
 from .. import ops
 
 
+class _Entry(NamedTuple):
+    """One weight's packings."""
+
+    key: tuple[Any, ...]  # of the weight's contents and the convolution's geometry
+    weight: Tensor
+    memory: Tensor  # keeps the weight's address from being given to another
+    forms: dict[int, Tensor]  # by length, which tells the forms apart
+    by_size: dict[tuple[int, int, int], Tensor]  # by the input's (N, H, W)
+
+
+# Input sizes that are remembered for a weight; a model that sees more chooses anew.
+_MOST_SIZES = 64
+
+
 class PackedWeights:
-    """Convolution weights in the layout of the CPU's inference kernel, for as long as they hold.
+    """Convolution weights in the forms of the CPU's inference kernels, for as long as they hold.
 
     An entry is used only if the weight is the same tensor, at the same address and version, with
     the same layout; the entry keeps that memory alive, so the address can't be given to another.
@@ -20,10 +34,10 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor, Tensor]] = {}
+        self._entries: dict[nn.Module, _Entry] = {}
 
-    def get(self, conv: Any, weight: Tensor) -> Tensor | None:
-        """The packed form of ``weight``, made if it is missing or no longer true."""
+    def get(self, conv: Any, weight: Tensor, x: Tensor) -> Tensor | None:
+        """The packed form of ``weight`` for inputs like ``x``, made if missing or out of date."""
         if weight.is_inference():
             return None  # has no version counter: a change could not be seen
         key = (
@@ -37,13 +51,25 @@ class PackedWeights:
             conv.groups,
         )
         entry = self._entries.get(conv)
-        if entry is not None and entry[1] is weight and entry[0] == key:
-            return entry[3]
-        with torch.no_grad():
-            packed = ops.pack_conv_weight(
-                weight, conv.stride, conv.padding, conv.dilation, conv.groups
-            )
-        self._entries[conv] = (key, weight, weight.detach(), packed)
+        if entry is None or entry.weight is not weight or entry.key != key:
+            entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {})
+        n, _, h, w = x.shape
+        packed = entry.by_size.get((n, h, w))
+        if packed is None:
+            packed = self._pack(conv, entry, (n, h, w))
+        return packed
+
+    def _pack(self, conv: Any, entry: _Entry, size: tuple[int, int, int]) -> Tensor:
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups, size)
+        numel = ops.packed_conv_weight_numel(entry.weight, *geometry)
+        packed = entry.forms.get(numel)
+        if packed is None:
+            with torch.no_grad():
+                packed = ops.pack_conv_weight(entry.weight, *geometry)
+            entry.forms[numel] = packed
+        if len(entry.by_size) >= _MOST_SIZES:
+            entry.by_size.clear()
+        entry.by_size[size] = packed
         return packed
 
     def clear(self) -> None:

@@ -9,7 +9,18 @@ import torch  # noqa: F401  (loads the libraries that the extension needs)
 from fastres import _C  # noqa: F401  (defines the schemas and the CPU kernels)
 from fastres.ops.add_relu import add_relu
 from fastres.ops.bn_add_relu import bn_add_relu
-from fastres.ops.conv_bn_relu import conv_bn_relu, pack_conv_weight
+from fastres.ops.conv_bn_relu import (
+    conv_bn_relu,
+    pack_conv_weight,
+    packed_conv_weight_numel,
+)
 from fastres.ops.conv_stats import conv_stats
 
-__all__ = ["add_relu", "bn_add_relu", "conv_bn_relu", "conv_stats", "pack_conv_weight"]
+__all__ = [
+    "add_relu",
+    "bn_add_relu",
+    "conv_bn_relu",
+    "conv_stats",
+    "pack_conv_weight",
+    "packed_conv_weight_numel",
+]

@@ -141,4 +141,5 @@ def to_parameter_dtype(vector: Tensor | None, activation: Tensor) -> Tensor | No
     if vector is None:
         return None
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    return vector.to(dtype)
+    # A call of `to` takes longer than all the checks of an op.
+    return vector if vector.dtype == dtype else vector.to(dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres import _C
 from fastres.ops._register import register_op
 from fastres.ops._shapes import (
     check,
@@ -23,7 +24,7 @@ from fastres.ops._shapes import (
     new_activation,
     to_parameter_dtype,
 )
-from fastres.ops.reference import packed_numel, parameter_dtype
+from fastres.ops.reference import parameter_dtype
 
 
 def pack_conv_weight(
@@ -32,20 +33,42 @@ def pack_conv_weight(
     padding: list[int],
     dilation: list[int],
     groups: int = 1,
+    input_size: list[int] | None = None,
 ) -> Tensor:
-    """Return `weight` in the order in which `conv_bn_relu`'s CPU kernel reads it.
+    """Return `weight` in the form that one of `conv_bn_relu`'s CPU kernels reads.
+
+    Every form serves inputs of every size; which one is fastest depends on the size.
 
     Args:
         weight: (C_out, C_in/groups, kh, kw).
         stride, padding, dilation: two integers each, of the convolution.
         groups: the convolution's.
+        input_size: (N, H, W) of the input to be expected; None if it is not known.
 
     Returns:
         A float32 vector for the argument `packed` of `conv_bn_relu`; of length 0 where packing
-        is of no use (other dtypes, groups, dilation). It is a copy: make it anew when `weight`
-        changes.
+        is of no use (other dtypes and devices, groups, dilation). It is a copy: make it anew when
+        `weight` changes.
     """
-    return torch.ops.fastres.pack_conv_weight(weight, stride, padding, dilation, groups)
+    size: list[int] = []
+    if input_size is not None:
+        size = input_size
+    return torch.ops.fastres.pack_conv_weight(weight, stride, padding, dilation, groups, size)
+
+
+def packed_conv_weight_numel(
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    input_size: list[int],
+) -> int:
+    """Return the length of `pack_conv_weight`'s result, which tells its form, without packing."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return 0
+    shape = [int(i) for i in weight.shape]
+    return _C.packed_conv_weight_numel(shape, stride, padding, dilation, groups, input_size)
 
 
 def conv_bn_relu(
@@ -91,12 +114,13 @@ def conv_bn_relu(
     Raises:
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
+    dtype = parameter_dtype(input)
     return torch.ops.fastres.conv_bn_relu(
         input,
         weight,
         to_parameter_dtype(bias, input),
-        running_mean.to(parameter_dtype(input)),
-        running_var.to(parameter_dtype(input)),
+        running_mean if running_mean.dtype == dtype else running_mean.to(dtype),
+        running_var if running_var.dtype == dtype else running_var.to(dtype),
         to_parameter_dtype(bn_weight, input),
         to_parameter_dtype(bn_bias, input),
         eps,
@@ -111,10 +135,16 @@ def conv_bn_relu(
 
 
 def _fake_pack(
-    weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    input_size: list[int],
 ) -> Tensor:
     check_activation("pack_conv_weight", "weight", weight)
-    return weight.new_empty(packed_numel(weight, dilation, groups), dtype=torch.float32)
+    numel = packed_conv_weight_numel(weight, stride, padding, dilation, groups, input_size)
+    return weight.new_empty(numel, dtype=torch.float32)
 
 
 def _fake(
@@ -207,7 +237,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
     """`packed` is another form of `weight`, whose gradient conv_bn_relu gives to `weight`."""
-    return (None,) * 5
+    return (None,) * 6
 
 
 register_op("pack_conv_weight", _fake_pack, _pack_backward)

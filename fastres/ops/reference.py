@@ -130,22 +130,15 @@ def _as_result(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).contiguous(memory_format=_CHANNELS_LAST)
 
 
-def packed_numel(weight: Tensor, dilation: list[int], groups: int) -> int | torch.SymInt:
-    """Elements of `pack_conv_weight`'s result: output channels rounded up to whole panels of 16."""
-    if weight.dtype != torch.float32 or groups != 1 or list(dilation) != [1, 1]:
-        return 0
-    c_out, c_in, kh, kw = weight.shape
-    return (c_out + 15) // 16 * 16 * c_in * kh * kw
-
-
 def pack_conv_weight(
-    weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    input_size: list[int],
 ) -> Tensor:
-    if packed_numel(weight, dilation, groups) == 0:
-        return weight.new_empty(0, dtype=torch.float32)
-    c_out, c_in, kh, kw = weight.shape
-    padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -c_out % 16))
-    return padded.view(-1, 16, c_in, kh, kw).permute(0, 3, 4, 2, 1).reshape(-1).contiguous()
+    return weight.new_empty(0, dtype=torch.float32)  # only the CPU's kernels read a packed form
 
 
 def conv_bn_relu(

@@ -1,0 +1,75 @@
+#include "conv_algorithm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "winograd.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastres::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"winograd4", "winograd2", "packed", "aten"};
+
+// Kernels of so many numbers are read from memory: fewer positions are better than fewer products.
+constexpr int64_t kManyKernels = 256 * 256;
+
+// Whether the processor has dot products of this 16-bit type, with which torch's convolution
+// outruns ours in float32. (float16 arithmetic without dot products, AVX512_FP16, does not.)
+bool has_dot_products(DType dtype) {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0) return false;
+  if (dtype == DType::bfloat16) return (a >> 5 & 1) != 0;  // AVX512_BF16
+  if (dtype == DType::float16) return (a >> 21 & 1) != 0;  // AMX_FP16
+#endif
+  return false;
+}
+
+}  // namespace
+
+std::optional<Algorithm> algorithm_from_environment() {
+  const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
+  if (value == nullptr || *value == '\0') return std::nullopt;
+  for (int a = 0; a < 4; ++a) {
+    if (std::string(value) == kNames[a]) return static_cast<Algorithm>(a);
+  }
+  throw std::runtime_error(
+      std::string("FASTRES_CPU_ALGORITHM must be winograd4, winograd2, packed or aten, got '") +
+      value + "'");
+}
+
+bool torch_is_faster(DType dtype) {
+  static const bool dot_products[kDTypes] = {false, has_dot_products(DType::bfloat16),
+                                             has_dot_products(DType::float16), false};
+  if (dot_products[static_cast<int>(dtype)]) return true;
+#if defined(__x86_64__)
+  // torch's own kernels use what the machine has; without FMA ours have no edge.
+  if (current_isa() == Isa::baseline) return true;
+#endif
+  return false;
+}
+
+Algorithm choose_form(const ConvShape& s, bool packing) {
+  const std::optional<Algorithm> named = algorithm_from_environment();
+  const bool fits = winograd_fits(s);
+  if (named && (fits || !is_winograd(*named))) {
+    return *named == Algorithm::aten ? Algorithm::packed : *named;
+  }
+  if (!fits) return Algorithm::packed;
+  if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
+  constexpr double read = 10.0, cold_read = 50.0, pack = 8.0;  // of a weight, in multiply-adds
+  const double weights = 9.0 * s.ci * s.co;
+  const double direct = weights * (s.pixels() + (packing ? read + pack : cold_read));
+  const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
+  if (direct <= std::min(with4, with2)) return Algorithm::packed;
+  return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;
+}
+
+}  // namespace fastres::cpu

@@ -1,0 +1,37 @@
+// Which of four algorithms computes a convolution. All but the last take one pass over packed
+// weights in float32, with prologue, epilogue and statistics:
+//   winograd4, winograd2  minimal filtering F(4,3) and F(2,3): 3x3 without a stride (winograd.h)
+//   packed                an implicit GEMM (conv_kernel.inl)
+//   aten                  torch's own convolution between passes of ours: for what the others do
+//                         not do (groups, dilation, float64), and where torch's is the faster one
+// The environment variable FASTRES_CPU_ALGORITHM names one for every convolution that it can do.
+#pragma once
+
+#include <optional>
+
+#include "conv_shape.h"
+#include "kernel_table.h"
+
+namespace fastres::cpu {
+
+enum class Algorithm { winograd4, winograd2, packed, aten };
+
+constexpr bool is_winograd(Algorithm a) {
+  return a == Algorithm::winograd4 || a == Algorithm::winograd2;
+}
+
+// Pixels across an output tile.
+constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 : 2; }
+
+// What FASTRES_CPU_ALGORITHM names, if anything. Read at every call, a getenv among milliseconds,
+// so that a test can change it.
+std::optional<Algorithm> algorithm_from_environment();
+
+// Whether this processor has instructions for the dtype that torch uses and ours do not.
+bool torch_is_faster(DType dtype);
+
+// The form in which the weights of a convolution are best packed; `packing` where that is done for
+// one call only. A shape without pictures (n = 0) is of any.
+Algorithm choose_form(const ConvShape& s, bool packing);
+
+}  // namespace fastres::cpu

@@ -1,0 +1,229 @@
+#include "winograd.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "channel_rows.h"
+#include "memory.h"
+#include "winograd_kernel.h"
+
+namespace fastres::cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+// What packing a number of the kernels costs in multiply-adds, what reading it does when it was
+// packed just before, and when it comes from memory, as in a model that has more weights than the
+// caches hold.
+constexpr double kPackCost = 15.0, kReadCost = 10.0, kColdReadCost = 50.0;
+
+int kernel_index(int tile) { return tile == 4 ? 0 : 1; }
+
+int64_t tile_count(const ConvShape& s, int tile) {
+  return s.n * ceil_div(s.oh, tile) * ceil_div(s.ow, tile);
+}
+
+// The transforms of one tile.
+double transform_cost(const ConvShape& s, int tile) {
+  return tile == 4 ? 400.0 * s.ci + 300.0 * s.co : 150.0 * s.ci + 120.0 * s.co;
+}
+
+int64_t cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t size = 0;
+#endif
+  return std::clamp<int64_t>(size, 512 * 1024, 2048 * 1024);
+}
+
+void set_sizes(ConvArgs& args, const ConvShape& s) {
+  args.ih = s.ih;
+  args.iw = s.iw;
+  args.ci = s.ci;
+  args.oh = s.oh;
+  args.ow = s.ow;
+  args.co = s.co;
+  args.pad_h = s.padding[0];
+  args.pad_w = s.padding[1];
+}
+
+int64_t cut(int64_t size, int64_t i, int64_t count) { return size * i / count; }
+
+struct Plan {
+  int64_t tile_blocks, channel_groups;
+};
+
+Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t threads) {
+  const int64_t positions = (tile + 2) * (tile + 2);
+  const int64_t tiles = tile_count(s, tile);
+  const int64_t column_groups = ceil_div(s.co, table.conv_columns);
+  // Patches and products of a block stay in the second level cache beside a position's kernels,
+  // but with many channels a block is still tall enough to repay reading the kernels.
+  const int64_t tile_bytes =
+      4 * positions * (winograd_row(s.ci) + winograd_row(kWinogradPanels * kConvPanel));
+  const int64_t rows = table.conv_rows;
+  const int64_t most = std::clamp<int64_t>(cache_bytes() / tile_bytes / rows * rows, 48, 384);
+  Plan best{1, 1};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int64_t groups = 1; groups <= std::min(threads, column_groups); ++groups) {
+    const int64_t chunks = ceil_div(threads, groups);
+    const int64_t chunk_tiles = ceil_div(tiles, chunks);
+    const int64_t blocks = ceil_div(chunk_tiles, most);
+    const double columns =
+        static_cast<double>(ceil_div(column_groups, groups) * table.conv_columns);
+    const double padded = static_cast<double>(ceil_div(chunk_tiles, rows) * rows);
+    const double cost = positions * s.ci * columns * (padded + kReadCost * blocks) +
+                        transform_cost(s, tile) * chunk_tiles;
+    if (cost < best_cost) {
+      best_cost = cost;
+      // Threads get equal numbers of blocks of about equal size.
+      best = {std::min(blocks * chunks, tiles), groups};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+bool winograd_fits(const ConvShape& s) {
+  const auto both = [](const std::array<int64_t, 2>& pair, int64_t value) {
+    return pair[0] == value && pair[1] == value;
+  };
+  return s.kh == 3 && s.kw == 3 && both(s.stride, 1) && both(s.dilation, 1) && s.groups == 1 &&
+         s.ci > 0 && s.ci % kConvPanel == 0 && s.co > 0 && s.co % kConvPanel == 0;
+}
+
+int64_t winograd_packed_floats(const ConvShape& s, int tile) {
+  return s.panels() * winograd_panel_floats(tile, s.ci);
+}
+
+void winograd_pack(const ConvWeight& weight, int tile, float* packed) {
+  const auto kernel = kernels().winograd_pack[kernel_index(tile)];
+  parallel_for(0, weight.co / kConvPanel, 1,
+               [&](int64_t begin, int64_t end) { kernel(weight, packed, begin, end); });
+}
+
+double winograd_cost(const ConvShape& s, int tile, bool packing) {
+  const double tiles = static_cast<double>(tile_count(s, tile));
+  const double weights = static_cast<double>((tile + 2) * (tile + 2)) * s.ci * s.co;
+  return weights * (tiles + (packing ? kReadCost + kPackCost : kColdReadCost)) +
+         tiles * transform_cost(s, tile);
+}
+
+std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& s, DType dtype,
+                                                int tile, bool statistics) {
+  const KernelTable& table = kernels();
+  set_sizes(args, s);
+  const Plan plan = make_plan(s, tile, table, torch::stable::get_num_threads());
+  const int64_t tiles = tile_count(s, tile);
+  const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
+  const int64_t positions = (tile + 2) * (tile + 2);
+  const int64_t patches = positions * winograd_stride(block_tiles * winograd_row(s.ci));
+  const int64_t products =
+      positions * winograd_stride(block_tiles * winograd_row(kWinogradPanels * kConvPanel));
+  const int64_t sums_of_block = statistics ? kConvSums * s.co : 0;
+  std::vector<double> sums(plan.tile_blocks * sums_of_block);
+  // Cut at pairs of panels where a register tile holds two.
+  const int64_t step = std::max<int64_t>(1, table.conv_columns / kConvPanel);
+  const int64_t steps = ceil_div(s.panels(), step);
+  const auto kernel = table.winograd_block[kernel_index(tile)][static_cast<int>(dtype)];
+
+  std::atomic<bool> finite = true;
+  // Blocks of one channel group follow each other: their kernels stay in the cache.
+  parallel_for(0, plan.channel_groups * plan.tile_blocks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch memory = scratch_floats(patches + products);
+    const WinogradScratch scratch{memory.floats(), memory.floats() + patches};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / plan.tile_blocks, block = task % plan.tile_blocks;
+      const WinogradBlock part{
+          .tile0 = cut(tiles, block, plan.tile_blocks),
+          .tile1 = cut(tiles, block + 1, plan.tile_blocks),
+          .panel0 = cut(steps, group, plan.channel_groups) * step,
+          .panel1 = std::min(cut(steps, group + 1, plan.channel_groups) * step, s.panels())};
+      if (!kernel(args, part, scratch,
+                  statistics ? sums.data() + block * sums_of_block : nullptr)) {
+        finite = false;
+      }
+    }
+  });
+  if (!finite) return std::nullopt;
+  // In the order of the blocks, whichever thread made them.
+  for (int64_t block = 1; block < plan.tile_blocks && statistics; ++block) {
+    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[block * sums_of_block + i];
+  }
+  sums.resize(sums_of_block);
+  return sums;
+}
+
+bool winograd_gradient_pays(const ConvShape& s) {
+  // Below, the 36 positions' sums cost more than the products that are saved.
+  constexpr int64_t fewest_tiles = 16;
+  return tile_count(s, 4) >= fewest_tiles;
+}
+
+bool run_winograd_gradient(ConvArgs args, const void* gradient, const ConvShape& s, DType dtype,
+                           const WinogradKernelGradient& out) {
+  const KernelTable& table = kernels();
+  set_sizes(args, s);
+  const WinogradGradientArgs all{args, gradient};
+  const int64_t tiles = tile_count(s, 4);
+  const int64_t channels = kWinogradGradientChannels / kConvPanel;  // in panels
+  const int64_t in_panels = s.ci / kConvPanel, out_panels = s.panels();
+  const int64_t in_blocks = ceil_div(in_panels, channels);
+  const int64_t out_blocks = ceil_div(out_panels, channels);
+  const int64_t blocks = in_blocks * out_blocks;
+  const auto block_of = [&](int64_t block, int64_t tile0, int64_t tile1) {
+    const int64_t i = block / out_blocks, o = block % out_blocks;
+    return WinogradGradientBlock{.tile0 = tile0,
+                                 .tile1 = tile1,
+                                 .ci0 = cut(in_panels, i, in_blocks) * kConvPanel,
+                                 .ci1 = cut(in_panels, i + 1, in_blocks) * kConvPanel,
+                                 .co0 = cut(out_panels, o, out_blocks) * kConvPanel,
+                                 .co1 = cut(out_panels, o + 1, out_blocks) * kConvPanel};
+  };
+  // Where channels are few, threads share the tiles of a block and their sums are added up.
+  const int64_t parts =
+      std::min(tiles, std::max<int64_t>(1, ceil_div(torch::stable::get_num_threads(), blocks)));
+  const Scratch parts_sums = scratch_floats(parts > 1 ? blocks * parts * kWinogradSumFloats : 0);
+  const auto accumulate = table.winograd_gradient[static_cast<int>(dtype)];
+  std::atomic<bool> finite = true;
+  parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch memory = scratch_floats(kWinogradGradientScratch + kWinogradSumFloats);
+    float* own_sums = memory.floats() + kWinogradGradientScratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts;
+      const WinogradGradientBlock block =
+          block_of(task / parts, cut(tiles, part, parts), cut(tiles, part + 1, parts));
+      float* sums = parts > 1 ? parts_sums.floats() + task * kWinogradSumFloats : own_sums;
+      std::fill(sums, sums + kWinogradSumFloats, 0.0f);
+      accumulate(all, block, memory.floats(), sums);
+      if (parts == 1 && !table.winograd_gradient_end(block, sums, 1, out)) finite = false;
+    }
+  });
+  if (parts > 1) {
+    // By panels of input channels, so that there is work for every thread.
+    parallel_for(0, blocks * channels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t panel = task % channels * kConvPanel;
+        WinogradGradientBlock block = block_of(task / channels, 0, tiles);
+        const int64_t ci0 = block.ci0 + panel;
+        if (ci0 >= block.ci1) continue;
+        block.ci0 = ci0;
+        block.ci1 = ci0 + kConvPanel;
+        const float* sums = parts_sums.floats() + task / channels * parts * kWinogradSumFloats +
+                            panel * winograd_row(kWinogradGradientChannels);
+        if (!table.winograd_gradient_end(block, sums, static_cast<int>(parts), out)) {
+          finite = false;
+        }
+      }
+    });
+  }
+  return finite;
+}
+
+}  // namespace fastres::cpu

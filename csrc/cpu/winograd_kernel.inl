@@ -1,0 +1,533 @@
+// Winograd's minimal filtering. The polynomials meet at 0, +-3/4, +-3/2 and infinity for F(4,3),
+// whose error is a third of that of the usual 0, +-1, +-2; at 0, +-1 and infinity for F(2,3).
+
+namespace fastres::cpu::FASTRES_ISA {
+
+// The transform back magnifies what the sums over the channels lose, which short stretches halve.
+inline constexpr int64_t kWinogradStretch = 64;
+
+// The three transforms of a line; those of a square are its columns' and then its rows'.
+template <int O>
+struct Winograd;
+
+template <>
+struct Winograd<4> {
+  static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
+
+  FASTRES_INLINE static void input(const Floats* d, Floats* v) {
+    const Floats even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
+    const Floats even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
+    v[0] = (aa * bb) * d[0] - (aa + bb) * d[2] + d[4];
+    v[1] = even_a + a * odd_a;
+    v[2] = even_a - a * odd_a;
+    v[3] = even_b + b * odd_b;
+    v[4] = even_b - b * odd_b;
+    v[5] = (aa * bb) * d[1] - (aa + bb) * d[3] + d[5];
+  }
+
+  FASTRES_INLINE static void output(const Floats* m, Floats* y) {
+    const Floats even_a = m[1] + m[2], odd_a = m[1] - m[2];
+    const Floats even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = m[0] + even_a + even_b;
+    y[1] = a * odd_a + b * odd_b;
+    y[2] = aa * even_a + bb * even_b;
+    y[3] = (a * aa) * odd_a + (b * bb) * odd_b + m[5];
+  }
+
+  static constexpr float near = 1 / (2 * aa * (aa - bb)), far = 1 / (2 * bb * (bb - aa));
+
+  FASTRES_INLINE static void kernel(const Floats* g, Floats* u) {
+    u[0] = g[0] * (1 / (aa * bb));
+    const Floats even_a = (g[0] + aa * g[2]) * near, odd_a = g[1] * (a * near);
+    const Floats even_b = (g[0] + bb * g[2]) * far, odd_b = g[1] * (b * far);
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g[2];
+  }
+
+  // The transposes of `output` and of `kernel`, for the gradient of the kernels.
+  FASTRES_INLINE static void output_transposed(const Floats* y, Floats* m) {
+    const Floats even_a = y[0] + aa * y[2], odd_a = a * y[1] + (a * aa) * y[3];
+    const Floats even_b = y[0] + bb * y[2], odd_b = b * y[1] + (b * bb) * y[3];
+    m[0] = y[0];
+    m[1] = even_a + odd_a;
+    m[2] = even_a - odd_a;
+    m[3] = even_b + odd_b;
+    m[4] = even_b - odd_b;
+    m[5] = y[3];
+  }
+
+  FASTRES_INLINE static void kernel_transposed(const Floats* u, Floats* g) {
+    const Floats even_a = (u[1] + u[2]) * near, even_b = (u[3] + u[4]) * far;
+    g[0] = u[0] * (1 / (aa * bb)) + even_a + even_b;
+    g[1] = (u[1] - u[2]) * (a * near) + (u[3] - u[4]) * (b * far);
+    g[2] = aa * even_a + bb * even_b + u[5];
+  }
+};
+
+template <>
+struct Winograd<2> {
+  FASTRES_INLINE static void input(const Floats* d, Floats* v) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[3] - d[1];
+  }
+
+  FASTRES_INLINE static void output(const Floats* m, Floats* y) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] + m[3];
+  }
+
+  FASTRES_INLINE static void kernel(const Floats* g, Floats* u) {
+    const Floats even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+    u[0] = g[0];
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = g[2];
+  }
+};
+
+// Which of a tile's lines or columns, from `first` on, lie within [0, size).
+template <int P>
+FASTRES_INLINE unsigned winograd_inside(int64_t first, int64_t size) {
+  unsigned inside = 0;
+  for (int i = 0; i < P; ++i) inside |= (first + i >= 0 && first + i < size ? 1u : 0u) << i;
+  return inside;
+}
+
+// Transforms the patch whose first pixel is at `in` for all channels into v, at every position.
+template <typename T, int O, bool kWhole, bool kPrologue>
+__attribute__((noinline)) void winograd_patch(const ConvArgs& args, const T* in, unsigned lines,
+                                              unsigned columns, float* v, int64_t stride) {
+  constexpr int P = O + 2;
+  for (int64_t c = 0; c < args.ci; c += kFloatLanes) {
+    Floats mean, scale, bias;
+    if (kPrologue) {
+      mean = load(args.in_mean + c);
+      scale = load(args.in_scale + c);
+      bias = load(args.in_bias + c);
+    }
+    Floats half[P][P];  // transformed along the lines
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i) {
+      const T* line = in + i * args.input_stride_h + c;
+      Floats d[P];
+#pragma GCC unroll 6
+      for (int j = 0; j < P; ++j) {
+        if (kWhole || ((lines >> i & columns >> j) & 1) != 0) {
+          d[j] = load(line + j * args.input_stride_w);
+          if (kPrologue) d[j] = relu((d[j] - mean) * scale + bias);
+        } else {
+          d[j] = Floats{};
+        }
+      }
+      Winograd<O>::input(d, half[i]);
+    }
+#pragma GCC unroll 6
+    for (int j = 0; j < P; ++j) {
+      Floats d[P], out[P];
+#pragma GCC unroll 6
+      for (int i = 0; i < P; ++i) d[i] = half[i][j];
+      Winograd<O>::input(d, out);
+#pragma GCC unroll 6
+      for (int i = 0; i < P; ++i) store(v + (i * P + j) * stride + c, out[i]);
+    }
+  }
+}
+
+// Transforms one vector of the products of a tile to its O x O pixels, one after the other.
+template <int O>
+FASTRES_INLINE void winograd_pixels(const float* products, int64_t stride, Floats* y) {
+  constexpr int P = O + 2;
+  Floats half[O][P];
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) {
+    Floats m[P], out[O];
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i) m[i] = load(products + (i * P + j) * stride);
+    Winograd<O>::output(m, out);
+#pragma GCC unroll 4
+    for (int i = 0; i < O; ++i) half[i][j] = out[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < O; ++i) Winograd<O>::output(half[i], y + i * O);
+}
+
+// The place of a tile: its image and its first output pixel, and how much of it is output.
+struct WinogradPlace {
+  int64_t n, h, w;
+  int height, width;
+};
+
+template <int O>
+FASTRES_INLINE WinogradPlace winograd_place(const ConvArgs& args, int64_t tile) {
+  const int64_t across = (args.ow + O - 1) / O, down = (args.oh + O - 1) / O;
+  const int64_t w = tile % across * O, h = tile / across % down * O;
+  return {.n = tile / across / down,
+          .h = h,
+          .w = w,
+          .height = static_cast<int>(min<int64_t>(O, args.oh - h)),
+          .width = static_cast<int>(min<int64_t>(O, args.ow - w))};
+}
+
+FASTRES_INLINE bool winograd_is_zero(Floats x) {
+  alignas(64) float lanes[kFloatLanes];
+  store(lanes, x);
+  bool zero = true;
+  for (int i = 0; i < kFloatLanes; ++i) zero &= lanes[i] == 0.0f;
+  return zero;
+}
+
+// Tiles [tile0, tile1), `row` floats apart.
+template <typename T, int O>
+void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, float* patches,
+                      int64_t row, int64_t stride) {
+  constexpr int P = O + 2;
+  constexpr unsigned all = (1u << P) - 1;
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const WinogradPlace place = winograd_place<O>(args, tile);
+    const int64_t h = place.h - args.pad_h, w = place.w - args.pad_w;
+    const unsigned lines = winograd_inside<P>(h, args.ih);
+    const unsigned columns = winograd_inside<P>(w, args.iw);
+    const T* in = static_cast<const T*>(args.input) + place.n * args.input_stride_n +
+                  h * args.input_stride_h + w * args.input_stride_w;
+    float* v = patches + (tile - tile0) * row;
+    const bool whole = lines == all && columns == all;
+    const auto transform =
+        args.in_mean != nullptr
+            ? (whole ? winograd_patch<T, O, true, true> : winograd_patch<T, O, false, true>)
+            : (whole ? winograd_patch<T, O, true, false> : winograd_patch<T, O, false, false>);
+    transform(args, in, lines, columns, v, stride);
+  }
+}
+
+// products[position][tile][channel] for panels [panel0, panel1), kWinogradPanels at most.
+template <int O>
+void winograd_multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int64_t panel1,
+                       const float* patches, int64_t patch_stride, float* products,
+                       int64_t product_stride) {
+  constexpr int P = O + 2;
+  constexpr int64_t row = winograd_row(kWinogradPanels * kConvPanel);
+  const int64_t panel_floats = winograd_panel_floats(O, args.ci);
+  const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
+  const int64_t channels = (panel1 - panel0) * kConvPanel;
+  const int64_t groups = (tiles + kConvRows - 1) / kConvRows;
+  for (int position = 0; position < P * P; ++position) {
+    const float* kernels =
+        args.weight + panel0 * panel_floats + position * winograd_stride(args.ci * kConvPanel);
+    for (int64_t c = 0; c < channels; c += kConvColumns) {
+      const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
+      const bool both = channels - c >= kConvColumns;
+      int64_t tile = 0;
+      for (int64_t group = 0; group < groups; ++group) {
+        const int rows = static_cast<int>(tiles / groups + (group < tiles % groups ? 1 : 0));
+        const float* pointers[kConvRows];
+        for (int m = 0; m < rows; ++m) {
+          pointers[m] = patches + position * patch_stride + (tile + m) * winograd_row(args.ci);
+        }
+        const ConvTileFn compute = both ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
+        compute(pointers, {1, args.ci, 0, kWinogradStretch}, kernel, vec_stride,
+                products + position * product_stride + tile * row + c, row);
+        tile += rows;
+      }
+    }
+  }
+}
+
+// Transforms the products back and stores them after the epilogue. Returns 0 in every lane, or
+// what is not finite there.
+template <typename T, int O, bool kAffine, bool kResidual, bool kRelu>
+Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t channel,
+                      const float* products, int64_t stride, double* sums) {
+  constexpr int64_t row = winograd_row(kWinogradPanels * kConvPanel);
+  const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
+  const Floats scale = kAffine ? load(args.scale + channel) : Floats{};
+  const Floats shift = kAffine ? load(args.shift + channel) : Floats{};
+  Floats bad = {};
+  alignas(64) float pixels[O * O * kFloatLanes];
+  for (int64_t tile = block.tile0; tile < block.tile1; ++tile) {
+    const WinogradPlace place = winograd_place<O>(args, tile);
+    Floats y[O * O];
+    winograd_pixels<O>(products + (tile - block.tile0) * row, stride, y);
+#pragma GCC unroll 16
+    for (int i = 0; i < O * O; ++i) bad += y[i] * 0.0f;
+    const int64_t at = ((place.n * args.oh + place.h) * args.ow + place.w) * args.co + channel;
+    T* out = static_cast<T*>(args.output) + at;
+    const T* residual = static_cast<const T*>(args.residual) + (kResidual ? at : 0);
+    const auto put = [&](int i, int j) FASTRES_LAMBDA_INLINE {
+      const int64_t pixel = (i * args.ow + j) * args.co;
+      Floats v = y[i * O + j];
+      if (kAffine) v = v * scale + shift;
+      if (kResidual) v += load(residual + pixel);
+      if (kRelu) v = relu(v);
+      store(out + pixel, v);
+    };
+    if (place.height == O && place.width == O) {
+#pragma GCC unroll 16
+      for (int i = 0; i < O * O; ++i) put(i / O, i % O);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < O; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < O; ++j) {
+          if (i < place.height && j < place.width) put(i, j);
+        }
+      }
+    }
+    if (sums != nullptr) {
+      int count = 0;
+      for (int i = 0; i < place.height; ++i) {
+        for (int j = 0; j < place.width; ++j) store(pixels + count++ * kFloatLanes, y[i * O + j]);
+      }
+      conv_add_sums(pixels, count, kFloatLanes, sums + channel, plane);
+    }
+  }
+  return bad;
+}
+
+template <typename T, int O>
+FASTRES_INLINE auto winograd_store_of(const ConvArgs& args) {
+  if (args.scale == nullptr) return winograd_store<T, O, false, false, false>;
+  if (args.residual == nullptr) {
+    return args.relu ? winograd_store<T, O, true, false, true>
+                     : winograd_store<T, O, true, false, false>;
+  }
+  return args.relu ? winograd_store<T, O, true, true, true>
+                   : winograd_store<T, O, true, true, false>;
+}
+
+template <typename T, int O>
+bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
+                    const WinogradScratch& scratch, double* sums) {
+  const int64_t tiles = block.tile1 - block.tile0;
+  const int64_t patch_stride = winograd_stride(tiles * winograd_row(args.ci));
+  const int64_t product_stride =
+      winograd_stride(tiles * winograd_row(kWinogradPanels * kConvPanel));
+  winograd_patches<T, O>(args, block.tile0, block.tile1, scratch.patches, winograd_row(args.ci),
+                         patch_stride);
+  const auto finish = winograd_store_of<T, O>(args);
+  Floats bad = {};
+  for (int64_t panel = block.panel0; panel < block.panel1; panel += kWinogradPanels) {
+    const int64_t end = min(panel + kWinogradPanels, block.panel1);
+    winograd_multiply<O>(args, tiles, panel, end, scratch.patches, patch_stride, scratch.products,
+                         product_stride);
+    for (int64_t c = 0; c < (end - panel) * kConvPanel; c += kFloatLanes) {
+      bad +=
+          finish(args, block, panel * kConvPanel + c, scratch.products + c, product_stride, sums);
+    }
+  }
+  return winograd_is_zero(bad);
+}
+
+// Transforms the tile of the gradient at `in`, of which height x width pixels exist, for `channels`
+// channels into w, at every position.
+template <typename T>
+void winograd_spread(const T* in, int64_t line, int64_t pixel, int height, int width,
+                     int64_t channels, float* w, int64_t stride) {
+  for (int64_t c = 0; c < channels; c += kFloatLanes) {
+    Floats half[4][6];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      Floats y[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        y[j] = i < height && j < width ? load(in + i * line + j * pixel + c) : Floats{};
+      }
+      Winograd<4>::output_transposed(y, half[i]);
+    }
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      const Floats y[4] = {half[0][j], half[1][j], half[2][j], half[3][j]};
+      Floats out[6];
+      Winograd<4>::output_transposed(y, out);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) store(w + (i * 6 + j) * stride + c, out[i]);
+    }
+  }
+}
+
+// sums[m][v] += sum over tiles of v[tile][m] * w[tile][v].
+template <int M, int V>
+__attribute__((noinline)) void winograd_outer(const float* v, int64_t v_row, const float* w,
+                                              int64_t w_row, int64_t tiles, float* sums,
+                                              int64_t sums_row) {
+  Floats part[M][V] = {};
+  for (int64_t t = 0; t < tiles; ++t, v += v_row, w += w_row) {
+    Floats b[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) b[i] = load(w + i * kFloatLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Floats x = splat(v[m]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) part[m][i] += x * b[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      float* total = sums + m * sums_row + i * kFloatLanes;
+      store(total, load(total) + part[m][i]);
+    }
+  }
+}
+
+using WinogradOuterFn = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*,
+                                 int64_t);
+
+template <int V>
+FASTRES_INLINE WinogradOuterFn winograd_outer_of(int rows) {
+#define FASTRES_OUTER(m) winograd_outer<m, V>
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr WinogradOuterFn table[] = {
+      nullptr,           FASTRES_OUTER(1),  FASTRES_OUTER(2), FASTRES_OUTER(3), FASTRES_OUTER(4),
+      FASTRES_OUTER(5),  FASTRES_OUTER(6),  FASTRES_OUTER(7), FASTRES_OUTER(8), FASTRES_OUTER(9),
+      FASTRES_OUTER(10), FASTRES_OUTER(11), FASTRES_OUTER(12)};
+#elif defined(__AVX2__)
+  static constexpr WinogradOuterFn table[] = {nullptr,          FASTRES_OUTER(1), FASTRES_OUTER(2),
+                                              FASTRES_OUTER(3), FASTRES_OUTER(4), FASTRES_OUTER(5),
+                                              FASTRES_OUTER(6)};
+#else
+  static constexpr WinogradOuterFn table[] = {nullptr, FASTRES_OUTER(1), FASTRES_OUTER(2),
+                                              FASTRES_OUTER(3), FASTRES_OUTER(4)};
+#endif
+#undef FASTRES_OUTER
+  return table[rows];
+}
+
+template <typename T>
+void winograd_gradient(const WinogradGradientArgs& args, const WinogradGradientBlock& block,
+                       float* scratch, float* sums) {
+  constexpr int64_t stride = kWinogradGradientStride;
+  constexpr int64_t row = winograd_row(kWinogradGradientChannels);
+  float* patches = scratch;
+  float* spread = scratch + 36 * stride;
+  const int64_t rows = block.ci1 - block.ci0, columns = block.co1 - block.co0;
+  // The patches' transform sees the block's channels only.
+  ConvArgs conv = args.conv;
+  conv.input = static_cast<const T*>(conv.input) + block.ci0;
+  conv.ci = rows;
+  if (conv.in_mean != nullptr) {
+    conv.in_mean += block.ci0;
+    conv.in_scale += block.ci0;
+    conv.in_bias += block.ci0;
+  }
+  const int64_t groups = (rows + kConvRows - 1) / kConvRows;
+  for (int64_t tile = block.tile0; tile < block.tile1; tile += kWinogradGradientTiles) {
+    const int64_t end = min(tile + kWinogradGradientTiles, block.tile1);
+    winograd_patches<T, 4>(conv, tile, end, patches, row, stride);
+    for (int64_t t = tile; t < end; ++t) {
+      const WinogradPlace place = winograd_place<4>(conv, t);
+      const T* in = static_cast<const T*>(args.gradient) +
+                    ((place.n * conv.oh + place.h) * conv.ow + place.w) * conv.co + block.co0;
+      winograd_spread<T>(in, conv.ow * conv.co, conv.co, place.height, place.width, columns,
+                         spread + (t - tile) * row, stride);
+    }
+    for (int position = 0; position < 36; ++position) {
+      for (int64_t c = 0; c < columns; c += kConvColumns) {
+        const bool both = columns - c >= kConvColumns;
+        int64_t m = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+          const int count = static_cast<int>(rows / groups + (group < rows % groups ? 1 : 0));
+          const WinogradOuterFn multiply =
+              both ? winograd_outer_of<kConvVecs>(count) : winograd_outer_of<1>(count);
+          multiply(patches + position * stride + m, row, spread + position * stride + c, row,
+                   end - tile, sums + position * kWinogradSumStride + m * row + c, row);
+          m += count;
+        }
+      }
+    }
+  }
+}
+
+inline bool winograd_gradient_end(const WinogradGradientBlock& block, const float* sums, int count,
+                                  const WinogradKernelGradient& out) {
+  constexpr int64_t row = winograd_row(kWinogradGradientChannels);
+  Floats bad = {};
+  for (int64_t i = 0; i < block.ci1 - block.ci0; ++i) {
+    for (int64_t o = 0; o < block.co1 - block.co0; o += kFloatLanes) {
+      Floats half[3][6];
+#pragma GCC unroll 6
+      for (int k = 0; k < 6; ++k) {
+        Floats u[6], g[3];
+#pragma GCC unroll 6
+        for (int h = 0; h < 6; ++h) {
+          const float* sum = sums + (h * 6 + k) * kWinogradSumStride + i * row + o;
+          u[h] = load(sum);
+          for (int n = 1; n < count; ++n) u[h] += load(sum + n * kWinogradSumFloats);
+        }
+        Winograd<4>::kernel_transposed(u, g);
+#pragma GCC unroll 3
+        for (int h = 0; h < 3; ++h) half[h][k] = g[h];
+      }
+      alignas(64) float taps[9][kFloatLanes];
+#pragma GCC unroll 3
+      for (int h = 0; h < 3; ++h) {
+        Floats g[3];
+        Winograd<4>::kernel_transposed(half[h], g);
+#pragma GCC unroll 3
+        for (int w = 0; w < 3; ++w) {
+          bad += g[w] * 0.0f;
+          store(taps[h * 3 + w], g[w]);
+        }
+      }
+      float* to = out.data + (block.ci0 + i) * out.stride_i + (block.co0 + o) * out.stride_o;
+      for (int lane = 0; lane < kFloatLanes; ++lane, to += out.stride_o) {
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) {
+          to[tap / 3 * out.stride_h + tap % 3 * out.stride_w] = taps[tap][lane];
+        }
+      }
+    }
+  }
+  return winograd_is_zero(bad);
+}
+
+// w.kh and w.kw are 3; w.co and w.ci are multiples of kConvPanel.
+template <int O>
+void winograd_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
+  constexpr int P = O + 2;
+  const int64_t stride = winograd_stride(w.ci * kConvPanel);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    const float* in = w.data + panel * kConvPanel * w.stride_o;
+    float* out = packed + panel * winograd_panel_floats(O, w.ci);
+    for (int64_t i = 0; i < w.ci; ++i) {
+      alignas(64) float taps[9][kConvPanel];
+      for (int o = 0; o < kConvPanel; ++o) {
+        const float* kernel = in + o * w.stride_o + i * w.stride_i;
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) {
+          taps[tap][o] = kernel[tap / 3 * w.stride_h + tap % 3 * w.stride_w];
+        }
+      }
+      for (int o = 0; o < kConvPanel; o += kFloatLanes) {
+        Floats half[3][P];
+#pragma GCC unroll 3
+        for (int h = 0; h < 3; ++h) {
+          const Floats g[3] = {load(taps[3 * h] + o), load(taps[3 * h + 1] + o),
+                               load(taps[3 * h + 2] + o)};
+          Winograd<O>::kernel(g, half[h]);
+        }
+#pragma GCC unroll 6
+        for (int j = 0; j < P; ++j) {
+          const Floats g[3] = {half[0][j], half[1][j], half[2][j]};
+          Floats u[P];
+          Winograd<O>::kernel(g, u);
+#pragma GCC unroll 6
+          for (int k = 0; k < P; ++k) {
+            store(out + (k * P + j) * stride + i * kConvPanel + o, u[k]);
+          }
+        }
+      }
+    }
+    for (int position = 0; position < P * P; ++position) {
+      conv_zero(out + position * stride + w.ci * kConvPanel, stride - w.ci * kConvPanel);
+    }
+  }
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA

@@ -1,0 +1,131 @@
+"""The memory that the CPU kernels keep between calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastres import _C, ops
+
+LARGE = (4, 64, 64, 64)  # 4 MB
+gives_memory_away = pytest.mark.skipif(
+    tuple(int(i) for i in torch.__version__.split(".")[:2]) < (2, 11),
+    reason="torch 2.10 takes no memory with a deleter",
+)
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    before = _C.set_kept_memory_limit(0)  # begin with nothing kept
+    _C.set_kept_memory_limit(64 << 20)
+    yield
+    _C.set_kept_memory_limit(before)
+
+
+def large(value: float = 1.0) -> torch.Tensor:
+    x = torch.full(LARGE, value).contiguous(memory_format=torch.channels_last)
+    return ops.add_relu(x, x)
+
+
+@gives_memory_away
+def test_freed_memory_serves_the_next_result() -> None:
+    y = large()
+    address = y.data_ptr()
+    assert address % 64 == 0 and y.is_contiguous(memory_format=torch.channels_last)
+    view = y[1:, :3]
+    del y
+    other = large(3.0)  # while a view is alive, its memory is not given to another
+    assert other.data_ptr() != address and (view == 2).all()
+    del view
+    assert large().data_ptr() == address
+    assert (other == 6).all()
+
+
+def test_limit() -> None:
+    assert _C.set_kept_memory_limit(1 << 20) == 64 << 20
+    assert _C.kept_memory_limit() == 1 << 20
+    for _ in range(3):
+        assert (large() == 2).all()
+    _C.set_kept_memory_limit(0)
+    assert (large() == 2).all()
+
+
+@gives_memory_away
+def test_no_more_than_the_limit_is_kept() -> None:
+    script = """
+import resource, torch
+from fastres import _C, ops
+_C.set_kept_memory_limit(32 << 20)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+x = torch.ones(1, 64, 512, 512).contiguous(memory_format=torch.channels_last)  # 64 MB
+for size in range(64, 512, 16):
+    part = x[..., :size, :size].contiguous(memory_format=torch.channels_last)
+    ops.add_relu(part, part)
+    if size == 256: before = peak()
+assert peak() - before < 300 << 20, (before, peak())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_results_of_many_threads() -> None:
+    failures: list[float] = []
+
+    def work(value: float) -> None:
+        for _ in range(20):
+            if not (large(value) == 2 * value).all():
+                failures.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(i + 1),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_computes() -> None:
+    script = """
+import os, torch
+from fastres import ops
+torch.set_num_threads(1)
+x = torch.ones(4, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+y = ops.add_relu(x, x)
+child = os.fork()
+if child == 0:
+    z = ops.add_relu(y, y)
+    os._exit(0 if bool((z == 4).all()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert bool((y == 2).all())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_setting_that_is_no_number() -> None:
+    script = """
+import torch
+from fastres import ops
+x = torch.ones(4, 64, 64, 64)
+ops.add_relu(x, x)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"FASTRES_CPU_KEEP_MB": "lots"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "FASTRES_CPU_KEEP_MB must be a number of megabytes, got 'lots'" in run.stderr
