@@ -68,7 +68,7 @@ def race(config: TrainConfig, steps: int | None) -> dict[str, Any]:
 def main() -> None:
     """Run the race, print its table and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="folder of the official files")
+    parser.add_argument("--root", type=Path, default=Path("datasets"), help="of the official files")
     parser.add_argument("--data", choices=("cifar10", "sample"), default="cifar10")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -110,8 +110,20 @@ def main() -> None:
     }
     Console().print({key: f"{value:.2e}" for key, value in agreement.items()})
     if arguments.json:
-        settings = {key: str(value) for key, value in dataclasses.asdict(config).items()}
-        record = {"settings": settings, "agreement": agreement, **results, **circumstances("cpu")}
+        case = f"{config.model}, {config.data}, batch {config.batch_size}, lr {config.lr}"
+        settings = {
+            key: str(value)
+            for key, value in dataclasses.asdict(config).items()
+            if key not in ("root", "out", "resume")
+        }
+        record = {
+            "suite": "epoch",
+            "case": case,
+            "settings": settings,
+            "agreement": agreement,
+            "forms": results,
+            **circumstances("cpu"),
+        }
         write_json([record], arguments.json)
 
 

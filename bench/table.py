@@ -45,6 +45,44 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def _circumstances(record: dict[str, Any], measure: str) -> str:
+    packages = ", ".join(
+        f"{name} {record['versions'][name]}"
+        for name in ("torch", "torchvision", "onnxruntime", "openvino")
+        if name in record["versions"]
+    )
+    commit = (record["commit"] or "unknown")[:8] + (
+        "-dirty" if "dirty" in (record["commit"] or "") else ""
+    )
+    return (
+        f"{record['device']}, {record['threads']} threads, {measure}; {packages}; "
+        f"commit {commit}, {record['date'][:10]}."
+    )
+
+
+def _epoch(record: dict[str, Any]) -> list[str]:
+    """Of epoch.py: the two forms of a model, and how far apart they went."""
+    lines = [
+        "| | images/s | mean training loss | validation loss | validation accuracy |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, form in record["forms"].items():
+        lines.append(
+            f"| {name} | {form['images_per_second']:.1f} "
+            f"| {sum(form['losses']) / len(form['losses']):.4f} | {form['valid_loss']:.4f} "
+            f"| {form['valid_accuracy']:.2%} |"
+        )
+    gap = record["agreement"]
+    steps = len(next(iter(record["forms"].values()))["losses"])
+    return [
+        *lines,
+        "",
+        f"The mean losses of the {steps} steps differ by {abs(gap['gap_of_mean_losses']):.1e}, the "
+        f"losses of a step by {gap['median_gap']:.1e} in the median.",
+        _circumstances(record, record["case"]),
+    ]
+
+
 def markdown(records: list[dict[str, Any]], suite: str) -> str:
     """The table of one suite, and the circumstances of its numbers below it.
 
@@ -54,6 +92,8 @@ def markdown(records: list[dict[str, Any]], suite: str) -> str:
     chosen = [record for record in records if record["suite"] == suite]
     if not chosen:
         raise ValueError(f"no record of suite {suite!r}")
+    if suite == "epoch":
+        return "\n".join(_epoch(chosen[0])) + "\n"
     lines = [
         f"| case | fastres | {chosen[0]['yardstick']} | best rival "
         f"| {chosen[0]['yardstick']} / fastres | best rival / fastres |",
@@ -70,22 +110,10 @@ def markdown(records: list[dict[str, Any]], suite: str) -> str:
             f"| {_number(record['ratio_eager'])} | {_number(record['ratio'])} |"
         )
     first = chosen[0]
-    packages = ", ".join(
-        f"{name} {first['versions'][name]}"
-        for name in ("torch", "torchvision", "onnxruntime", "openvino")
-        if name in first["versions"]
-    )
     measure = (
         "peak bytes of a step" if "peak_bytes" in first else f"medians of {first['rounds']} rounds"
     )
-    commit = (first["commit"] or "unknown")[:8] + (
-        "-dirty" if "dirty" in (first["commit"] or "") else ""
-    )
-    lines += [
-        "",
-        f"{first['device']}, {first['threads']} threads, {measure}; {packages}; "
-        f"commit {commit}, {first['date'][:10]}.",
-    ]
+    lines += ["", _circumstances(first, measure)]
     return "\n".join(lines) + "\n"
 
 
