@@ -1,13 +1,10 @@
 // Forward convolutions: packing of weights, choice of the algorithm, and the ops.
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "channel_rows.h"
 #include "conv_algorithm.h"
-#include "conv_shape.h"
+#include "conv_blocks.h"
 #include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
@@ -104,23 +101,13 @@ Algorithm choose_algorithm(const ConvShape& s, DType dtype, const OptionalTensor
   return form ? *form : choose_form(s, true);
 }
 
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <typename T>
-using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
-template <typename T>
-AlignedArray<T> aligned_array(int64_t size) {
-  return AlignedArray<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
-}
-
 // Rounded to float and padded with zeros to whole panels, so that vectors can be loaded anywhere.
-AlignedArray<float> padded_vector(const std::vector<double>& values) {
+Scratch padded_vector(const std::vector<double>& values) {
   const int64_t channels = static_cast<int64_t>(values.size());
   const int64_t size = (channels + kConvPanel - 1) / kConvPanel * kConvPanel;
-  AlignedArray<float> out = aligned_array<float>(size);
-  for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(values[c]);
-  std::fill(out.get() + channels, out.get() + size, 0.0f);
+  Scratch out = scratch_floats(size);
+  for (int64_t c = 0; c < channels; ++c) out.floats()[c] = static_cast<float>(values[c]);
+  std::fill(out.floats() + channels, out.floats() + size, 0.0f);
   return out;
 }
 
@@ -228,23 +215,11 @@ std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool sta
       s.n = s.ih = s.oh = 1;
     }
   }
-  args.ih = s.ih;
-  args.iw = s.iw;
-  args.ci = s.ci;
-  args.oh = s.oh;
-  args.ow = s.ow;
-  args.co = s.co;
-  args.kh = s.kh;
-  args.kw = s.kw;
-  args.stride_h = s.stride[0];
-  args.stride_w = s.stride[1];
-  args.pad_h = s.padding[0];
-  args.pad_w = s.padding[1];
+  set_sizes(args, s);
   args.window = dtype != DType::float32 || args.in_mean != nullptr || s.padding[0] != 0 ||
                 s.padding[1] != 0 || (s.kw != 1 && args.input_stride_w != s.ci);
 
   const Plan plan = make_plan(s, table, torch::stable::get_num_threads());
-  const auto cut = [](int64_t size, int64_t i, int64_t count) { return size * i / count; };
   const int64_t images = ceil_div(s.n, plan.image_blocks);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
   const int64_t columns = ceil_div(s.ow, plan.column_blocks);
@@ -253,43 +228,35 @@ std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool sta
   const int64_t plane = s.panels() * kConvPanel;
   const int64_t sums_of_block = statistics ? kConvSums * plane : 0;
   std::vector<double> sums(plan.pixel_blocks() * sums_of_block);
-  // Cut at pairs of panels where a register tile holds two.
-  const int64_t step = std::max<int64_t>(1, table.conv_columns / kConvPanel);
-  const int64_t steps = ceil_div(s.panels(), step);
 
   // Blocks of one channel group follow each other: their weights stay in the cache.
   const int64_t tasks = plan.channel_groups * plan.pixel_blocks();
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const auto row_pointers = aligned_array<const float*>(images * rows * columns);
-    const auto offsets = aligned_array<int64_t>(images * rows * columns);
-    const auto window_floats = aligned_array<float>(args.window ? window : 0);
-    const ConvScratch scratch{row_pointers.get(), offsets.get(), window_floats.get()};
+    std::vector<const float*> row_pointers(images * rows * columns);
+    std::vector<int64_t> offsets(images * rows * columns);
+    const Scratch window_floats = scratch_floats(args.window ? window : 0);
+    const ConvScratch scratch{row_pointers.data(), offsets.data(), window_floats.floats()};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / plan.pixel_blocks();
       const int64_t block = task % plan.pixel_blocks();
       const int64_t w = block % plan.column_blocks;
       const int64_t h = block / plan.column_blocks % plan.row_blocks;
       const int64_t n = block / plan.column_blocks / plan.row_blocks;
-      const ConvBlock part{
-          .n0 = cut(s.n, n, plan.image_blocks),
-          .n1 = cut(s.n, n + 1, plan.image_blocks),
-          .h0 = cut(s.oh, h, plan.row_blocks),
-          .h1 = cut(s.oh, h + 1, plan.row_blocks),
-          .w0 = cut(s.ow, w, plan.column_blocks),
-          .w1 = cut(s.ow, w + 1, plan.column_blocks),
-          .panel0 = cut(steps, group, plan.channel_groups) * step,
-          .panel1 = std::min(cut(steps, group + 1, plan.channel_groups) * step, s.panels())};
+      const auto [panel0, panel1] =
+          panels_of_group(s, table.conv_columns, group, plan.channel_groups);
+      const ConvBlock part{.n0 = cut(s.n, n, plan.image_blocks),
+                           .n1 = cut(s.n, n + 1, plan.image_blocks),
+                           .h0 = cut(s.oh, h, plan.row_blocks),
+                           .h1 = cut(s.oh, h + 1, plan.row_blocks),
+                           .w0 = cut(s.ow, w, plan.column_blocks),
+                           .w1 = cut(s.ow, w + 1, plan.column_blocks),
+                           .panel0 = panel0,
+                           .panel1 = panel1};
       table.conv_block[static_cast<int>(dtype)](
           args, part, scratch, statistics ? sums.data() + block * sums_of_block : nullptr);
     }
   });
-  if (!statistics) return {};
-  // In the order of the blocks, whichever thread made them.
-  for (int64_t block = 1; block < plan.pixel_blocks(); ++block) {
-    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[block * sums_of_block + i];
-  }
-  sums.resize(sums_of_block);
-  return sums;
+  return total_of_blocks(std::move(sums), plan.pixel_blocks(), sums_of_block);
 }
 
 // `input` itself where pixels hold their channels next to each other, as slices of channels_last
@@ -390,11 +357,7 @@ std::vector<double> sums_of(const Tensor& z, DType dtype) {
                                                       sums.data() + b * sums_of_block);
     }
   });
-  for (int64_t b = 1; b < blocks; ++b) {
-    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[b * sums_of_block + i];
-  }
-  sums.resize(sums_of_block);
-  return sums;
+  return total_of_blocks(std::move(sums), blocks, sums_of_block);
 }
 
 }  // namespace
@@ -459,10 +422,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
   const Algorithm form = choose_form(s, false);
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
-  if (packed.numel() == 0) return packed;
-  float* data = static_cast<float*>(packed.mutable_data_ptr());
-  advise_huge_pages(data, static_cast<size_t>(packed.numel()) * sizeof(float));
-  pack(weight, s, form, data);
+  if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 
@@ -515,13 +475,13 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   }
   std::vector<double> shift = bn.bias;
   for (int64_t c = 0; c < s.co; ++c) shift[c] += (bias_values[c] - bn.mean[c]) * bn.scale[c];
-  const AlignedArray<float> scale_floats = padded_vector(bn.scale);
-  const AlignedArray<float> shift_floats = padded_vector(shift);
+  const Scratch scale_floats = padded_vector(bn.scale);
+  const Scratch shift_floats = padded_vector(shift);
   Tensor y = empty_channels_last(output, type);
   PackedConv conv(input, weight, packed, s, algorithm);
   conv.args.output = y.mutable_data_ptr();
-  conv.args.scale = scale_floats.get();
-  conv.args.shift = shift_floats.get();
+  conv.args.scale = scale_floats.floats();
+  conv.args.shift = shift_floats.floats();
   conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
   conv.args.relu = relu;
   conv.run(s, dtype, false);
@@ -574,14 +534,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
   } else {
     z = empty_channels_last(s.output(), type);
     PackedConv conv(input, weight, std::nullopt, s, algorithm);
-    AlignedArray<float> mean_floats, scale_floats, bias_floats;
+    Scratch mean_floats, scale_floats, bias_floats;
     if (prologue.has_value()) {
       mean_floats = padded_vector(prologue->mean);
       scale_floats = padded_vector(prologue->scale);
       bias_floats = padded_vector(prologue->bias);
-      conv.args.in_mean = mean_floats.get();
-      conv.args.in_scale = scale_floats.get();
-      conv.args.in_bias = bias_floats.get();
+      conv.args.in_mean = mean_floats.floats();
+      conv.args.in_scale = scale_floats.floats();
+      conv.args.in_bias = bias_floats.floats();
     }
     conv.args.output = z.mutable_data_ptr();
     sums = conv.run(s, dtype, true);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv_blocks.h"
 #include "isa.h"
 #include "winograd.h"
 
@@ -64,9 +65,9 @@ Algorithm choose_form(const ConvShape& s, bool packing) {
   }
   if (!fits) return Algorithm::packed;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
-  constexpr double read = 10.0, cold_read = 50.0, pack = 8.0;  // of a weight, in multiply-adds
+  constexpr double pack_cost = 8.0;  // of a weight, in multiply-adds
   const double weights = 9.0 * s.ci * s.co;
-  const double direct = weights * (s.pixels() + (packing ? read + pack : cold_read));
+  const double direct = weights * (s.pixels() + (packing ? kReadCost + pack_cost : kColdReadCost));
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
   if (direct <= std::min(with4, with2)) return Algorithm::packed;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;

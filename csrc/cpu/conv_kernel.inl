@@ -17,6 +17,7 @@ inline constexpr int kConvVecs = 2;
 // second level cache or beyond, in an order that page ends hide from the hardware's prefetcher.
 inline constexpr int kPrefetchSteps = 64;
 inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
+// Weights that stay in the second level cache while pixels pass by.
 inline constexpr int64_t kWeightBytes = 256 * 1024;
 // Sums are taken over stretches of the depth and then added up: one long chain of additions would
 // lose more to rounding than torch does.

@@ -1,7 +1,6 @@
 #include "memory.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
@@ -68,9 +67,7 @@ class Pool {
         return block;
       }
     }
-    const Block block{::operator new(bytes, kAlignment), bytes};
-    advise_huge_pages(block.data, bytes);
-    return block;
+    return {::operator new(bytes, kAlignment), bytes};
   }
 
   void give(Block block) {
@@ -139,15 +136,6 @@ Pool& pool() {
 }
 
 }  // namespace
-
-void advise_huge_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge * huge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 size_t kept_memory_limit() { return pool().limit(); }
 

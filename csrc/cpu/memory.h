@@ -16,10 +16,6 @@ size_t kept_memory_limit();
 // Sets it, frees what is above, and returns the limit before.
 size_t set_kept_memory_limit(size_t bytes);
 
-// Asks for huge pages for memory that has not been touched yet: fewer page faults, and fewer misses
-// of the address translation as weights stream through. A hint, of no effect where there are none.
-void advise_huge_pages(void* data, size_t bytes);
-
 // Working memory, uninitialised and aligned to 64 bytes, given back when it goes out of scope.
 class Scratch {
  public:

@@ -7,7 +7,7 @@
 #include <atomic>
 #include <limits>
 
-#include "channel_rows.h"
+#include "conv_blocks.h"
 #include "memory.h"
 #include "winograd_kernel.h"
 
@@ -16,10 +16,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// What packing a number of the kernels costs in multiply-adds, what reading it does when it was
-// packed just before, and when it comes from memory, as in a model that has more weights than the
-// caches hold.
-constexpr double kPackCost = 15.0, kReadCost = 10.0, kColdReadCost = 50.0;
+// What packing a number of the kernels costs in multiply-adds.
+constexpr double kPackCost = 15.0;
 
 int kernel_index(int tile) { return tile == 4 ? 0 : 1; }
 
@@ -40,19 +38,6 @@ int64_t cache_bytes() {
 #endif
   return std::clamp<int64_t>(size, 512 * 1024, 2048 * 1024);
 }
-
-void set_sizes(ConvArgs& args, const ConvShape& s) {
-  args.ih = s.ih;
-  args.iw = s.iw;
-  args.ci = s.ci;
-  args.oh = s.oh;
-  args.ow = s.ow;
-  args.co = s.co;
-  args.pad_h = s.padding[0];
-  args.pad_w = s.padding[1];
-}
-
-int64_t cut(int64_t size, int64_t i, int64_t count) { return size * i / count; }
 
 struct Plan {
   int64_t tile_blocks, channel_groups;
@@ -128,9 +113,6 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
       positions * winograd_stride(block_tiles * winograd_row(kWinogradPanels * kConvPanel));
   const int64_t sums_of_block = statistics ? kConvSums * s.co : 0;
   std::vector<double> sums(plan.tile_blocks * sums_of_block);
-  // Cut at pairs of panels where a register tile holds two.
-  const int64_t step = std::max<int64_t>(1, table.conv_columns / kConvPanel);
-  const int64_t steps = ceil_div(s.panels(), step);
   const auto kernel = table.winograd_block[kernel_index(tile)][static_cast<int>(dtype)];
 
   std::atomic<bool> finite = true;
@@ -140,11 +122,12 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
     const WinogradScratch scratch{memory.floats(), memory.floats() + patches};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / plan.tile_blocks, block = task % plan.tile_blocks;
-      const WinogradBlock part{
-          .tile0 = cut(tiles, block, plan.tile_blocks),
-          .tile1 = cut(tiles, block + 1, plan.tile_blocks),
-          .panel0 = cut(steps, group, plan.channel_groups) * step,
-          .panel1 = std::min(cut(steps, group + 1, plan.channel_groups) * step, s.panels())};
+      const auto [panel0, panel1] =
+          panels_of_group(s, table.conv_columns, group, plan.channel_groups);
+      const WinogradBlock part{.tile0 = cut(tiles, block, plan.tile_blocks),
+                               .tile1 = cut(tiles, block + 1, plan.tile_blocks),
+                               .panel0 = panel0,
+                               .panel1 = panel1};
       if (!kernel(args, part, scratch,
                   statistics ? sums.data() + block * sums_of_block : nullptr)) {
         finite = false;
@@ -152,12 +135,7 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
     }
   });
   if (!finite) return std::nullopt;
-  // In the order of the blocks, whichever thread made them.
-  for (int64_t block = 1; block < plan.tile_blocks && statistics; ++block) {
-    for (int64_t i = 0; i < sums_of_block; ++i) sums[i] += sums[block * sums_of_block + i];
-  }
-  sums.resize(sums_of_block);
-  return sums;
+  return total_of_blocks(std::move(sums), plan.tile_blocks, sums_of_block);
 }
 
 bool winograd_gradient_pays(const ConvShape& s) {

@@ -1,0 +1,55 @@
+// How a convolution's work is cut among threads, and how their sums are joined.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "conv_shape.h"
+
+namespace fastres::cpu {
+
+// What reading a packed weight costs, in multiply-adds, when it was used just before, and when it
+// comes from memory, as in a model that has more weights than the caches hold.
+inline constexpr double kReadCost = 10.0, kColdReadCost = 50.0;
+
+// Where part `i` of `count` about equal parts begins.
+inline int64_t cut(int64_t size, int64_t i, int64_t count) { return size * i / count; }
+
+// Panels [first, last) of a channel group, cut at pairs of panels where a register tile of
+// `columns` channels holds two.
+inline std::pair<int64_t, int64_t> panels_of_group(const ConvShape& s, int columns, int64_t group,
+                                                   int64_t groups) {
+  const int64_t step = std::max<int64_t>(1, columns / kConvPanel);
+  const int64_t steps = ceil_div(s.panels(), step);
+  return {cut(steps, group, groups) * step,
+          std::min(cut(steps, group + 1, groups) * step, s.panels())};
+}
+
+// The total of `blocks` times `size` sums, in the order of the blocks, whichever thread made them.
+inline std::vector<double> total_of_blocks(std::vector<double> sums, int64_t blocks, int64_t size) {
+  for (int64_t block = 1; block < blocks; ++block) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[block * size + i];
+  }
+  sums.resize(size);
+  return sums;
+}
+
+// Everything that args say about sizes.
+inline void set_sizes(ConvArgs& args, const ConvShape& s) {
+  args.ih = s.ih;
+  args.iw = s.iw;
+  args.ci = s.ci;
+  args.oh = s.oh;
+  args.ow = s.ow;
+  args.co = s.co;
+  args.kh = s.kh;
+  args.kw = s.kw;
+  args.stride_h = s.stride[0];
+  args.stride_w = s.stride[1];
+  args.pad_h = s.padding[0];
+  args.pad_w = s.padding[1];
+}
+
+}  // namespace fastres::cpu
