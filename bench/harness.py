@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-# tests/cases.py and tests/tolerances.py are shared with the tests.
+# tests/cases.py, conditioning.py and tolerances.py are shared with the tests.
 sys.path.insert(0, str(ROOT / "tests"))
 
 PACKAGES = ("torch", "torchvision", "triton", "onnxruntime", "openvino", "numpy", "fastres")

@@ -11,6 +11,7 @@ import memory
 import rivals
 import torch
 import workloads
+from conditioning import well_conditioned
 from harness import EAGER, Race, Runner
 from rivals import Builder, load
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 from workloads import QUICK, ModelCase, cifar
 
 from cases import RESNET_CONVS, Activation, Conv
-from tolerances import well_conditioned
 
 FLOOR = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Gradients pass through masks that flip where an activation is close to zero.

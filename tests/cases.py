@@ -37,8 +37,9 @@ class Conv:
 
     @property
     def factor(self) -> float:
-        """How many times torch's own error fastres's may be: Winograd's algorithm rounds more."""
-        return 4.0 if self.kernel == 3 and self.stride == 1 else 2.0
+        """How many times torch's own error fastres's may be: F(4,3) rounds more."""
+        winograd = self.kernel == 3 and self.stride == 1
+        return 4.0 if winograd and self.c_in % 16 == self.c_out % 16 == 0 else 2.0
 
     def batch(self, n: int) -> Conv:
         return replace(self, n=n)

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torchvision
+from conditioning import well_conditioned
 from torch import nn
 from torch.nn import functional as F
 
 from fastres import models
 from fastres.models.resnet import ZeroPadShortcut
-from tolerances import largest_error, relative_error, well_conditioned
+from tolerances import largest_error, relative_error
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
