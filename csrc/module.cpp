@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
+#include "cpu/winograd.h"
 
 namespace {
 
@@ -37,6 +38,15 @@ PYBIND11_MODULE(_C, m) {
         "Length of fastres::pack_conv_weight's result for a float32 weight of a shape.",
         pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("padding"),
         pybind11::arg("dilation"), pybind11::arg("groups"), pybind11::arg("input_size"));
+  m.def("winograd_allowed", &fastres::cpu::winograd_allowed,
+        "Whether Winograd's algorithm may compute a convolution.");
+  m.def("set_winograd_allowed", &fastres::cpu::set_winograd_allowed, pybind11::arg("allowed"),
+        "Set that, for all threads.");
+  m.def("conv_algorithm", &fastres::cpu::conv_algorithm,
+        "Name of the algorithm that would compute a convolution forward.",
+        pybind11::arg("input_size"), pybind11::arg("weight_size"), pybind11::arg("stride"),
+        pybind11::arg("padding"), pybind11::arg("dilation"), pybind11::arg("groups"),
+        pybind11::arg("dtype"), pybind11::arg("training"));
   m.def("kept_memory_limit", &fastres::cpu::kept_memory_limit,
         "Bytes of freed memory that the CPU kernels keep for their next results, at most.");
   m.def("set_kept_memory_limit", &fastres::cpu::set_kept_memory_limit, pybind11::arg("bytes"),

@@ -2,17 +2,19 @@
 
     model = fastres.resnet18(fused=True)   # in the place of torchvision.models.resnet18()
 
-`fastres.ops` are the fused ops, `fastres.train.fit` is the standard CIFAR-10 recipe, and
-`python -m fastres.env` tells which kernels are live on this machine.
+`fastres.ops` are the fused ops, `fastres.backends.cpu` says which algorithms may compute them,
+`fastres.train.fit` is the standard CIFAR-10 recipe, and `python -m fastres.env` tells which kernels
+are live on this machine.
 """
 
-from fastres import ops
+from fastres import backends, ops
 from fastres.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152, summary
 from fastres.version import __version__
 
 __all__ = [
     "ResNet",
     "__version__",
+    "backends",
     "ops",
     "resnet18",
     "resnet34",

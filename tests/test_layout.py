@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "version": set(),
     "_C": set(),
+    "backends": {"_C"},
     "ops": {"_C"},
-    "nn": {"ops"},
+    "nn": {"backends", "ops"},
     "models": {"nn", "ops"},
     "data": set(),
     "train": {"data", "models", "version"},
-    "env": {"_C", "ops", "version"},
+    "env": {"_C", "backends", "ops", "version"},
     "cli": {"train", "data", "models", "env", "version"},
 }
 

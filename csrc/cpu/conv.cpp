@@ -5,6 +5,7 @@
 #include "channel_rows.h"
 #include "conv_algorithm.h"
 #include "conv_blocks.h"
+#include "conv_log.h"
 #include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
@@ -31,21 +32,20 @@ DType check_weight(const char* op, const Tensor& weight) {
   return check_images(op, "weight", weight);
 }
 
-ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& weight,
-                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                            const std::vector<int64_t>& dilation, int64_t groups) {
-  check_images(op, "input", input);
-  check_weight(op, weight);
-  check_same_dtype(op, "weight", weight, "input", input);
-  ConvShape s{.n = input.size(0),
-              .ci = input.size(1),
-              .ih = input.size(2),
-              .iw = input.size(3),
-              .co = weight.size(0),
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+ConvShape check_sizes(const char* op, Sizes input, Sizes weight, const std::vector<int64_t>& stride,
+                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                      int64_t groups) {
+  ConvShape s{.n = input[0],
+              .ci = input[1],
+              .ih = input[2],
+              .iw = input[3],
+              .co = weight[0],
               .oh = 0,
               .ow = 0,
-              .kh = weight.size(2),
-              .kw = weight.size(3),
+              .kh = weight[2],
+              .kw = weight[3],
               .stride = check_pair(op, "stride", stride, 1),
               .padding = check_pair(op, "padding", padding, 0),
               .dilation = check_pair(op, "dilation", dilation, 1),
@@ -53,7 +53,7 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
   if (groups < 1 || s.ci % groups != 0 || s.co % groups != 0) {
     fail(op, "groups must divide ", s.ci, " input and ", s.co, " output channels, got ", groups);
   }
-  if (weight.size(1) != s.ci / groups || s.kh < 1 || s.kw < 1) {
+  if (weight[1] != s.ci / groups || s.kh < 1 || s.kw < 1) {
     fail(op, "weight must be (C_out, C_in/groups, kh, kw) with C_in/groups = ", s.ci / groups,
          ", got ", shape_string(weight));
   }
@@ -69,6 +69,15 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
   s.oh = output_size(0, s.ih, s.kh);
   s.ow = output_size(1, s.iw, s.kw);
   return s;
+}
+
+ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& weight,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups) {
+  check_images(op, "input", input);
+  check_weight(op, weight);
+  check_same_dtype(op, "weight", weight, "input", input);
+  return check_sizes(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
 }
 
 // Length of the weights in the form that an algorithm other than aten reads.
@@ -88,17 +97,26 @@ std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packe
   return std::nullopt;
 }
 
-Algorithm choose_algorithm(const ConvShape& s, DType dtype, const OptionalTensor& packed) {
+struct Choice {
+  Algorithm algorithm;
+  const char* reason;
+};
+
+// `form` is the one in which the weights are packed already.
+Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm> form) {
   const bool can_pack = s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
                         dtype != DType::float64 && s.ci > 0 && s.co > 0;
-  if (!can_pack) return Algorithm::aten;
+  if (!can_pack) return {Algorithm::aten, "no kernel of ours takes it"};
   if (const auto named = algorithm_from_environment()) {
-    return *named == Algorithm::aten ? Algorithm::aten : choose_form(s, true);
+    return {*named == Algorithm::aten ? Algorithm::aten : choose_form(s, true),
+            "FASTRES_CPU_ALGORITHM is set"};
   }
-  const std::optional<Algorithm> form = form_of(s, packed);
-  if (!form && s.pixels() < kPixelsWorthPacking) return Algorithm::aten;
-  if (torch_is_faster(dtype)) return Algorithm::aten;
-  return form ? *form : choose_form(s, true);
+  if (!form && s.pixels() < kPixelsWorthPacking) {
+    return {Algorithm::aten, "too few pixels to pack the weights for"};
+  }
+  if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
+  if (form) return {*form, "the weights are packed for it"};
+  return {choose_form(s, true), "the least estimated cost"};
 }
 
 // Rounded to float and padded with zeros to whole panels, so that vectors can be loaded anywhere.
@@ -399,6 +417,13 @@ ConvShape shape_to_pack(const std::vector<int64_t>& weight, const std::vector<in
   return s;
 }
 
+DType dtype_of_name(const char* op, const std::string& name) {
+  for (int d = 0; d < kDTypes; ++d) {
+    if (name == kDTypeNames[d]) return static_cast<DType>(d);
+  }
+  fail(op, "dtype must be float32, bfloat16, float16 or float64, got ", name);
+}
+
 bool packs(const ConvShape& s) { return s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1; }
 
 }  // namespace
@@ -424,6 +449,27 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
   if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
+}
+
+std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
+                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                           const std::vector<int64_t>& dilation, int64_t groups,
+                           const std::string& dtype_name, bool training) {
+  const char* op = "conv_algorithm";
+  const auto check_size = [&](const char* name, const std::vector<int64_t>& size) {
+    if (size.size() != 4 || *std::min_element(size.begin(), size.end()) < 1) {
+      fail(op, name, " must be four integers >= 1, got ", shape_string({size.data(), size.size()}));
+    }
+  };
+  check_size("input_size", input);
+  check_size("weight_size", weight);
+  const DType dtype = dtype_of_name(op, dtype_name);
+  const ConvShape s =
+      check_sizes(op, {input.data(), 4}, {weight.data(), 4}, stride, padding, dilation, groups);
+  // Inference in float32 keeps packed weights, as fastres.nn does.
+  const bool kept = !training && dtype == DType::float32 && packs(s);
+  const std::optional<Algorithm> form = kept ? std::optional(choose_form(s, false)) : std::nullopt;
+  return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -465,7 +511,8 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   }
 
   if (s.pixels() == 0) return empty_channels_last(output, type);
-  const Algorithm algorithm = choose_algorithm(s, dtype, packed);
+  const auto [algorithm, reason] = choose_algorithm(s, dtype, form_of(s, packed));
+  log_convolution(op, s, dtype, algorithm_name(algorithm), reason);
   if (algorithm == Algorithm::aten) {
     const Tensor z = aten_convolution(input, weight, s);
     std::vector<double> mean = bn.mean;
@@ -521,7 +568,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
   }
   std::vector<double> sums;
   Tensor z;
-  const Algorithm algorithm = choose_algorithm(s, dtype, std::nullopt);
+  const auto [algorithm, reason] = choose_algorithm(s, dtype, std::nullopt);
+  log_convolution(op, s, dtype, algorithm_name(algorithm), reason);
   if (algorithm == Algorithm::aten) {
     Tensor a = input;
     if (prologue.has_value()) {

@@ -35,6 +35,8 @@ bool has_dot_products(DType dtype) {
 
 }  // namespace
 
+const char* algorithm_name(Algorithm a) { return kNames[static_cast<int>(a)]; }
+
 std::optional<Algorithm> algorithm_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
   if (value == nullptr || *value == '\0') return std::nullopt;

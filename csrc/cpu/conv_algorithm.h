@@ -23,6 +23,9 @@ constexpr bool is_winograd(Algorithm a) {
 // Pixels across an output tile.
 constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 : 2; }
 
+// As FASTRES_CPU_ALGORITHM has it.
+const char* algorithm_name(Algorithm a);
+
 // What FASTRES_CPU_ALGORITHM names, if anything. Read at every call, a getenv among milliseconds,
 // so that a test can change it.
 std::optional<Algorithm> algorithm_from_environment();

@@ -4,6 +4,7 @@
 #include "channel_rows.h"
 #include "conv_algorithm.h"
 #include "conv_backward_gemm.h"
+#include "conv_log.h"
 #include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
@@ -13,6 +14,9 @@ namespace fastres::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_stats_backward";
+// As the log has them.
+constexpr const char* kInputGradient = "conv_stats_backward, gradient of the input,";
+constexpr const char* kWeightGradient = "conv_stats_backward, gradient of the weight,";
 
 std::array<int64_t, 2> check_pair(const char* name, const std::vector<int64_t>& values,
                                   int64_t smallest) {
@@ -171,6 +175,10 @@ std::pair<OptionalTensor, OptionalTensor> convolution_backward(const Tensor& dzt
   const auto ints = [](const std::array<int64_t, 2>& pair) {
     return Ints(pair.begin(), pair.end());
   };
+  const DType dtype = check_dtype(kOp, "dz", dzt);
+  const char* reason = "nothing of ours is faster";
+  if (needs_input) log_convolution(kInputGradient, conv, dtype, "aten", reason);
+  if (needs_weight) log_convolution(kWeightGradient, conv, dtype, "aten", reason);
   const std::array<bool, 3> mask = {needs_input, needs_weight, false};
   const auto [da, dweight, dbias] = call_aten<Tensor, Tensor, Tensor>(
       "aten::convolution_backward", "", dzt, a, weight, std::optional<Ints>(), ints(conv.stride),
@@ -218,6 +226,8 @@ Gradients backward_aten(const OutputGradient& output, const Tensor& input, const
   return gradients;
 }
 
+constexpr const char* kMeasured = "measured as the fastest";
+
 // By blocks of matrix products; the input's gradient through aten where that is the faster.
 Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const Tensor& weight,
                         const Tensor& z, const std::optional<Prologue>& prologue,
@@ -252,6 +262,7 @@ Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const
     gemm.in_period = prologue->rows.period;
   }
   if (needs_weight) {
+    log_convolution(kWeightGradient, conv, DType::float32, "gemm", kMeasured);
     gradients.weight = empty_channels_last(weight.sizes(), ScalarType::Float);
     gemm.dweight = static_cast<float*>(gradients.weight->mutable_data_ptr());
   }
@@ -264,6 +275,7 @@ Gradients backward_gemm(const OutputGradient& output, const Tensor& input, const
     gradients.input =
         as_channels_last(*convolution_backward(*dzt, input, weight_rows, conv, true, false).first);
   } else if (needs_input) {
+    log_convolution(kInputGradient, conv, DType::float32, "gemm", kMeasured);
     gradients.input = empty_channels_last(input.sizes(), ScalarType::Float);
     if (!gemm.pointwise()) torch::stable::zero_(*gradients.input);
     gemm.dinput = static_cast<float*>(gradients.input->mutable_data_ptr());
@@ -316,9 +328,14 @@ WinogradPlan plan_winograd(const ConvShape& s, DType dtype) {
   return plan;
 }
 
+const char* why_winograd() {
+  return algorithm_from_environment() ? "FASTRES_CPU_ALGORITHM is set" : "the least estimated cost";
+}
+
 // The input's gradient, or none where a result is not finite and may be wrong.
 OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, const ConvShape& s,
                                        DType dtype, Algorithm form) {
+  log_convolution(kInputGradient, s, dtype, algorithm_name(form), why_winograd());
   const ConvShape t = transposed(s);
   const int tile = winograd_tile(form);
   const Tensor kernels = weight.scalar_type() == ScalarType::Float
@@ -354,6 +371,7 @@ OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
                                         const Tensor& weight,
                                         const std::optional<Prologue>& prologue, const ConvShape& s,
                                         DType dtype) {
+  log_convolution(kWeightGradient, s, dtype, "winograd", why_winograd());
   const bool channels_last = !weight.is_contiguous() && is_channels_last(weight);
   Tensor dweight = torch::stable::empty(weight.sizes(), ScalarType::Float);
   if (channels_last) dweight = empty_channels_last(weight.sizes(), ScalarType::Float);

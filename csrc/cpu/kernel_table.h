@@ -20,6 +20,7 @@ struct float16 {
 // Index of a storage format in the tables below.
 enum class DType { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 inline constexpr int kDTypes = 4;
+inline constexpr const char* kDTypeNames[kDTypes] = {"float32", "bfloat16", "float16", "float64"};
 
 // Shortcut of a block: none, the tensor itself, or the tensor under a BatchNorm of its own.
 enum class Residual { none = 0, plain = 1, bn = 2 };

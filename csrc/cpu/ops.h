@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -40,6 +41,13 @@ int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                         int64_t groups, const std::vector<int64_t>& input_size);
+
+// Name of the algorithm of conv_bn_relu (with the weights packed for it, in float32) or, in
+// training, of conv_stats, for sizes (n, ci, ih, iw) and (co, ci / groups, kh, kw).
+std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
+                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                           const std::vector<int64_t>& dilation, int64_t groups,
+                           const std::string& dtype_name, bool training);
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     const Tensor& running_mean, const Tensor& running_var,

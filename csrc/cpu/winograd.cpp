@@ -16,6 +16,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
+std::atomic<bool> allowed{true};
+
 // What packing a number of the kernels costs in multiply-adds.
 constexpr double kPackCost = 15.0;
 
@@ -75,12 +77,16 @@ Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t t
 
 }  // namespace
 
+bool winograd_allowed() { return allowed.load(std::memory_order_relaxed); }
+
+void set_winograd_allowed(bool value) { allowed.store(value, std::memory_order_relaxed); }
+
 bool winograd_fits(const ConvShape& s) {
   const auto both = [](const std::array<int64_t, 2>& pair, int64_t value) {
     return pair[0] == value && pair[1] == value;
   };
-  return s.kh == 3 && s.kw == 3 && both(s.stride, 1) && both(s.dilation, 1) && s.groups == 1 &&
-         s.ci > 0 && s.ci % kConvPanel == 0 && s.co > 0 && s.co % kConvPanel == 0;
+  return winograd_allowed() && s.kh == 3 && s.kw == 3 && both(s.stride, 1) && both(s.dilation, 1) &&
+         s.groups == 1 && s.ci > 0 && s.ci % kConvPanel == 0 && s.co > 0 && s.co % kConvPanel == 0;
 }
 
 int64_t winograd_packed_floats(const ConvShape& s, int tile) {

@@ -9,7 +9,11 @@
 
 namespace fastres::cpu {
 
-// Whether the kernels take this shape.
+// Whether it may be used at all, in the whole process; true at first.
+bool winograd_allowed();
+void set_winograd_allowed(bool allowed);
+
+// Whether the kernels take this shape, and are allowed.
 bool winograd_fits(const ConvShape& s);
 
 // Length of the packed kernels for output tiles of `tile` (4 or 2) pixels squared.

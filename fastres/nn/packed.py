@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends import cpu
 
 
 class _Entry(NamedTuple):
@@ -17,7 +18,7 @@ class _Entry(NamedTuple):
     weight: Tensor
     memory: Tensor  # keeps the weight's address from being given to another
     forms: dict[int, Tensor]  # by length, which tells the forms apart
-    by_size: dict[tuple[int, int, int], Tensor]  # by the input's (N, H, W)
+    by_size: dict[tuple[Any, ...], Tensor]  # by the input's (N, H, W) and what is allowed
 
 
 # Input sizes that are remembered for a weight; a model that sees more chooses anew.
@@ -54,9 +55,13 @@ class PackedWeights:
         if entry is None or entry.weight is not weight or entry.key != key:
             entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {})
         n, _, h, w = x.shape
-        packed = entry.by_size.get((n, h, w))
+        allowed = cpu.allow_winograd
+        packed = entry.by_size.get((n, h, w, allowed))
         if packed is None:
             packed = self._pack(conv, entry, (n, h, w))
+            if len(entry.by_size) >= _MOST_SIZES:
+                entry.by_size.clear()
+            entry.by_size[(n, h, w, allowed)] = packed
         return packed
 
     def _pack(self, conv: Any, entry: _Entry, size: tuple[int, int, int]) -> Tensor:
@@ -67,9 +72,6 @@ class PackedWeights:
             with torch.no_grad():
                 packed = ops.pack_conv_weight(entry.weight, *geometry)
             entry.forms[numel] = packed
-        if len(entry.by_size) >= _MOST_SIZES:
-            entry.by_size.clear()
-        entry.by_size[size] = packed
         return packed
 
     def clear(self) -> None:
