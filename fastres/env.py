@@ -6,6 +6,7 @@ Put its output into a bug report.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastres import _C
+from fastres.backends import cpu
 from fastres.ops._register import LAUNCHERS, OPS, why_no_triton
 from fastres.version import __version__
 
@@ -23,6 +25,8 @@ VARIABLES = {
     "aten (torch's); default: by shape",
     "FASTRES_CPU_KEEP_MB": "megabytes of freed memory that the CPU kernels keep for their next "
     "results; default: 1024, or an eighth of the machine's memory if that is less",
+    "FASTRES_LOG": "conv: a line on stderr for every distinct convolution on the CPU, when it is "
+    "first seen: its sizes, what computes it, and why",
     "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours), cudnn or auto: ours wherever it fits",
 }
 
@@ -72,6 +76,53 @@ def kernels() -> list[Kernel]:
     return rows
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of the family, and the algorithms for it on the CPU in float32."""
+
+    name: str
+    inference: tuple[str, ...]  # for each of BATCHES
+    training: tuple[str, ...]
+
+
+BATCHES = (1, 16)
+# (kernel, stride, C_in, C_out, input size): ImageNet's sizes, then CIFAR's.
+_CONVOLUTIONS = (
+    (7, 2, 3, 64, 224),
+    (3, 1, 64, 64, 56),
+    (3, 1, 128, 128, 28),
+    (3, 1, 256, 256, 14),
+    (3, 1, 512, 512, 7),
+    (3, 2, 128, 256, 28),
+    (1, 1, 256, 64, 56),
+    (1, 2, 128, 256, 28),
+    (3, 1, 3, 64, 32),
+    (3, 1, 64, 64, 32),
+    (3, 1, 512, 512, 4),
+)
+
+
+def convolutions() -> list[Convolution]:
+    """For typical convolutions: the algorithm that computes them on the CPU, as things are."""
+    rows = []
+    for kernel, stride, c_in, c_out, size in _CONVOLUTIONS:
+        weight = (c_out, c_in, kernel, kernel)
+        inference, training = (
+            tuple(
+                cpu.conv_algorithm(
+                    (n, c_in, size, size), weight, stride, kernel // 2, training=train
+                )
+                for n in BATCHES
+            )
+            for train in (False, True)
+        )
+        name = (
+            f"{kernel}x{kernel}{f' s{stride}' if stride > 1 else ''}, {c_in} to {c_out}, {size}px"
+        )
+        rows.append(Convolution(name, inference, training))
+    return rows
+
+
 def main() -> None:
     """Print everything."""
     console = Console(highlight=False)
@@ -100,9 +151,20 @@ def main() -> None:
         "Inputs in channels_last are fastest: model.to(memory_format=torch.channels_last)."
     )
 
-    settings = Table("variable", "meaning", title="Settings", title_justify="left")
+    algorithms = Table(
+        "convolution",
+        *(f"{mode}, {n}" for mode in ("eval", "train") for n in BATCHES),
+        title="Convolutions on the CPU in float32, by mode and batch size",
+        title_justify="left",
+    )
+    for conv in convolutions():
+        algorithms.add_row(conv.name, *conv.inference, *conv.training)
+    console.print(algorithms)
+    console.print(f"fastres.backends.cpu.allow_winograd = {cpu.allow_winograd}")
+
+    settings = Table("variable", "value", "meaning", title="Settings", title_justify="left")
     for variable, meaning in VARIABLES.items():
-        settings.add_row(variable, meaning)
+        settings.add_row(variable, os.environ.get(variable, ""), meaning)
     console.print(settings)
 
 
