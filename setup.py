@@ -147,7 +147,18 @@ packages = ["fastres.kernels", "fastres"] + [
     for path in (ROOT / "fastres").glob("*/__init__.py")
 ]
 test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3"]
-bench = ["pytest-benchmark>=4", "pytest>=8", "onnx", "onnxscript", "onnxruntime", "openvino"]
+bench = [
+    "pytest-benchmark>=4",
+    "pytest>=8",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "ncnn",
+    # No wheels for Linux on ARM.
+    "pnnx; platform_machine != 'aarch64'",
+    "MNN; platform_machine != 'aarch64'",
+]
 lint = ["ruff>=0.6", "mypy>=1.11", "clang-format>=18", "codespell>=2.3", "pre-commit>=3.8"]
 
 setup(

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # tests/cases.py, conditioning.py and tolerances.py are shared with the tests.
 sys.path.insert(0, str(ROOT / "tests"))
 
-PACKAGES = ("torch", "torchvision", "triton", "onnxruntime", "openvino", "numpy", "fastres")
+PACKAGES = (
+    "torch", "torchvision", "triton", "onnxruntime", "openvino", "ncnn", "MNN", "numpy", "fastres"
+)  # fmt: skip
 EAGER = "torch eager"
 
 

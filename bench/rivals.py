@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import torch
 from harness import EAGER, NotInstalledError, Runner
 from torch import Tensor, nn
@@ -116,6 +119,7 @@ def export_onnx(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> None
             contiguous,
             path,
             dynamo=True,
+            input_names=[f"in{index}" for index in range(len(inputs))],
             verbose=False,
             external_data=False,
         )
@@ -206,6 +210,101 @@ def openvino(onnx_file: Callable[[], Path], inputs: Sequence[Tensor], streams: i
     return Runner(run, answer)
 
 
+def convert(command: Sequence[str | Path], made: Path) -> Path:
+    """Run a rival's converter in the folder of `made`, which it writes, and say nothing of it.
+
+    Raises:
+        RuntimeError: it did not write `made`.
+    """
+    done = subprocess.run(command, cwd=made.parent, capture_output=True, text=True)
+    if not made.exists():
+        last = [*(done.stdout + done.stderr).strip().splitlines(), ""][-1]
+        raise RuntimeError(f"{Path(command[0]).name} wrote no {made.name}: {last}")
+    return made
+
+
+def ncnn(onnx_file: Callable[[], Path], inputs: Sequence[Tensor]) -> Runner:
+    """ncnn in float32 on torch's number of threads, its memory pooled, converted by pnnx.
+
+    An ncnn.Mat holds one image, so `inputs` are of batch 1.
+    """
+    package, pnnx = load("ncnn"), load("pnnx")
+    path = onnx_file()
+    weights = path.with_suffix(".ncnn.bin")
+    if not weights.exists():
+        convert([pnnx.EXEC_PATH, path.name, "fp16=0"], weights)
+    net = package.Net()
+    options = net.opt
+    options.num_threads = torch.get_num_threads()
+    for name in dir(options):
+        if name.startswith(("use_fp16", "use_bf16", "use_int8")):
+            setattr(options, name, False)
+    pools = package.UnlockedPoolAllocator(), package.PoolAllocator()
+    options.blob_allocator, options.workspace_allocator = pools
+    net.load_param(str(path.with_suffix(".ncnn.param")))
+    net.load_model(str(weights))
+    arrays = [x[0].contiguous().numpy() for x in inputs]
+    mats = [package.Mat(array) for array in arrays]
+
+    def run() -> Any:
+        with net.create_extractor() as extractor:
+            for index, mat in enumerate(mats):
+                extractor.input(f"in{index}", mat)
+            return extractor.extract("out0")[1]
+
+    def answer() -> dict[str, Tensor]:
+        output = torch.from_numpy(numpy.array(run()))
+        # ncnn gives a vector of classes with or without the batch, by version.
+        return {"output": output if output.dim() == 2 else output[None]}
+
+    # ncnn holds addresses only.
+    run.kept = pools, arrays  # type: ignore[attr-defined]
+    return Runner(run, answer)
+
+
+def mnn(onnx_file: Callable[[], Path], inputs: Sequence[Tensor]) -> Runner:
+    """MNN in float32 ("high") on torch's number of threads."""
+    package = load("MNN")
+    path = onnx_file()
+    program = path.with_suffix(".mnn")
+    if not program.exists():
+        # The compiled converter alone: MNN.tools pip-installs a logging client and calls home.
+        code = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+        options = ["-f", "ONNX", "--modelFile", path.name, "--MNNModel", program.name]
+        convert([sys.executable, "-c", code, *options], program)
+    interpreter = package.Interpreter(str(program))
+    # WINOGRAD_MEMORY_LEVEL: at 3, the default, its largest tiles are off by 1e-4 and no faster.
+    interpreter.setSessionHint(3, 2)
+    session = interpreter.createSession(
+        {"backend": "CPU", "precision": "high", "numThread": torch.get_num_threads()}
+    )
+
+    def host(array: Any) -> Any:
+        layout = package.Tensor_DimensionType_Caffe
+        return package.Tensor(array.shape, package.Halide_Type_Float, array, layout)
+
+    arrays = [x.contiguous().numpy() for x in inputs]
+    slots = [interpreter.getSessionInput(session, f"in{index}") for index in range(len(arrays))]
+    # The session's own input may be overwritten by its later layers, so each run gives it anew.
+    given = list(zip(slots, map(host, arrays), strict=True))
+    result = interpreter.getSessionOutput(session)
+    output = numpy.empty(result.getShape(), numpy.float32)
+    target = host(output)
+
+    def run() -> None:
+        for slot, source in given:
+            slot.copyFrom(source)
+        interpreter.runSession(session)
+        result.copyToHostTensor(target)
+
+    def answer() -> dict[str, Tensor]:
+        run()
+        return {"output": torch.from_numpy(target.getNumpyData().copy())}
+
+    run.kept = arrays, output  # type: ignore[attr-defined]
+    return Runner(run, answer)
+
+
 def cpu_inference(
     module: nn.Module, inputs: Sequence[Tensor], scratch: Path | None = None
 ) -> dict[str, Builder]:
@@ -236,6 +335,9 @@ def cpu_inference(
     threads = torch.get_num_threads()
     if threads > 1 and inputs[0].shape[0] % threads == 0:
         entrants["OpenVINO streams"] = partial(openvino, onnx_file, inputs, streams=threads)
+    if inputs[0].shape[0] == 1:
+        entrants["ncnn"] = partial(ncnn, onnx_file, inputs)
+        entrants["MNN"] = partial(mnn, onnx_file, inputs)
     return entrants
 
 
