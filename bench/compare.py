@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layers
 import torch
 from harness import (
     Judge,
@@ -36,6 +37,8 @@ from suites import SUITES, Options, measure_memory
 from table import in_units
 
 GPU_SUITES = ("gpu-infer", "gpu-train")
+# The suites whose time is shown by kind of layer.
+LAYER_SUITES = ("cpu-infer", "cpu-train")
 Say = Callable[[str], None]
 
 
@@ -92,8 +95,14 @@ def race_memory(race: Race, runners: dict[str, Runner], tick: Say):
     return {"times": {}, "peak_bytes": peak, "kept_bytes": kept}, peak
 
 
-def run_race(race: Race, rounds: int, quick: bool, say: Say, tick: Say) -> dict[str, Any]:
-    """Verify and measure one case, and return its JSON record."""
+def run_race(
+    race: Race, rounds: int, quick: bool, say: Say, tick: Say
+) -> tuple[dict[str, Any], layers.Profile | None]:
+    """Verify and measure one case.
+
+    Returns:
+        Its JSON record, and in the suites of models on the CPU the profile of fastres.
+    """
     runners, outcome = build_and_verify(race, say)
     say(race.case)
     by_memory = race.extra.get("measure") == "memory"
@@ -101,6 +110,10 @@ def run_race(race: Race, rounds: int, quick: bool, say: Say, tick: Say) -> dict[
         found, compared = race_memory(race, runners, tick)
     else:
         found, compared = race_times(race, runners, rounds, quick, tick)
+    profile = None
+    if race.suite in LAYER_SUITES and "fastres" in runners:
+        say(f"{race.case}: fastres by kind of layer")
+        profile = layers.profile(runners["fastres"].run, rounds)
     ours, rival = best(compared, True), best(compared, False)
     record: dict[str, Any] = {"suite": race.suite, "case": race.case, **found}
     record["fastres"], record["best_rival"], record["yardstick"] = ours, rival, race.yardstick
@@ -115,7 +128,8 @@ def run_race(race: Race, rounds: int, quick: bool, say: Say, tick: Say) -> dict[
     if by_memory and ours and eager in compared:
         kept = found["kept_bytes"]
         record["ratio_kept"] = kept[eager] / kept[ours]
-    return {**record, **race.extra, **outcome, "tolerance_floor": race.floor, "quick": quick}
+    record = {**record, **race.extra, **outcome, "tolerance_floor": race.floor, "quick": quick}
+    return record, profile
 
 
 def show(records: list[dict[str, Any]], console: Console) -> None:
@@ -130,6 +144,20 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
             if record["suite"] == suite:
                 _add_rows(table, record)
         console.print(table)
+        for record in records:
+            if record["suite"] == suite and "layers" in record:
+                console.print(_layers_table(record))
+
+
+def _layers_table(record: dict[str, Any]) -> Table:
+    verdict = layers.verdict(record["layers"], record["peaks"])
+    title = f"{record['case']}: fastres by kind of layer"
+    table = Table(title=title, title_justify="left", caption=verdict, caption_justify="left")
+    for heading in layers.HEADINGS:
+        table.add_column(heading, justify="left" if heading == layers.HEADINGS[0] else "right")
+    for line in record["layers"]:
+        table.add_row(*layers.cells(line))
+    return table
 
 
 def _add_rows(table: Table, record: dict[str, Any]) -> None:
@@ -216,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     rounds = options.rounds or (2 if options.quick else 9)
     records: list[dict[str, Any]] = []
+    profiles: list[tuple[dict[str, Any], layers.Profile]] = []
     interrupted = False
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress_console) as progress:
@@ -236,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
                     race = build()
                     keep_rivals(race, options.rivals)
                     progress.update(bar, total=rounds * len(race.entrants))
-                    record = run_race(
+                    record, profile = run_race(
                         race,
                         rounds,
                         options.quick,
@@ -244,7 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
                         lambda _: progress.advance(bar),
                     )
                     records.append({**record, "runs_on": device, **around})
+                    if profile is not None:
+                        profiles.append((records[-1], profile))
                     put_shares(records)
+                    for profiled, found in profiles:
+                        profiled["layers"] = layers.by_kind(found, profiled["peaks"])
                     if options.json:
                         write_json(records, options.json)
                     del race

@@ -5,7 +5,8 @@
     python bench/table.py --check README.md                   fail where one is out of date
 
 A marked place begins with `<!-- bench FILE SUITE -->`, FILE relative to the repository's root, and
-ends with `<!-- /bench -->`.
+ends with `<!-- /bench -->`. `roofline` in place of a suite gives where fastres's time goes by kind
+of layer in every case that has it, `roofline:CASE` in that case.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import layers
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(
@@ -48,7 +51,7 @@ def _number(value: float | None) -> str:
 def _circumstances(record: dict[str, Any], measure: str) -> str:
     packages = ", ".join(
         f"{name} {record['versions'][name]}"
-        for name in ("torch", "torchvision", "onnxruntime", "openvino")
+        for name in ("torch", "torchvision", "onnxruntime", "openvino", "ncnn", "MNN")
         if name in record["versions"]
     )
     commit = (record["commit"] or "unknown")[:8] + (
@@ -83,12 +86,35 @@ def _epoch(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _roofline(records: list[dict[str, Any]], case: str) -> list[str]:
+    """Of every case, or of `case`, fastres's time by kind of layer."""
+    chosen = [r for r in records if "layers" in r and case in ("", r["case"])]
+    if not chosen:
+        raise ValueError(f"no layers of {case or 'any case'!r}")
+    lines: list[str] = []
+    for record in chosen:
+        lines += [
+            f"{record['case']}:",
+            "",
+            "| " + " | ".join(layers.HEADINGS) + " |",
+            "|---|" + "---:|" * (len(layers.HEADINGS) - 1),
+            *("| " + " | ".join(layers.cells(line)) + " |" for line in record["layers"]),
+            "",
+            f"{layers.verdict(record['layers'], record['peaks'])}.",
+            "",
+        ]
+    return [*lines, _circumstances(chosen[0], f"medians of {chosen[0]['rounds']} passes")]
+
+
 def markdown(records: list[dict[str, Any]], suite: str) -> str:
-    """The table of one suite, and the circumstances of its numbers below it.
+    """The table of one suite (or of a roofline), and the circumstances of its numbers below it.
 
     Raises:
         ValueError: there is no record of the suite.
     """
+    what, _, case = suite.partition(":")
+    if what == "roofline":
+        return "\n".join(_roofline(records, case)) + "\n"
     chosen = [record for record in records if record["suite"] == suite]
     if not chosen:
         raise ValueError(f"no record of suite {suite!r}")
@@ -156,6 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         records = json.loads(text)
         for suite in dict.fromkeys(record["suite"] for record in records):
             print(f"{suite}\n\n{markdown(records, suite)}")
+        if any("layers" in record for record in records):
+            print(f"roofline\n\n{markdown(records, 'roofline')}")
     return status
 
 

@@ -11,9 +11,22 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compare  # noqa: E402
+import layers  # noqa: E402
 import memory  # noqa: E402
+import rivals  # noqa: E402
+import suites  # noqa: E402
 import table  # noqa: E402
-from harness import NotInstalledError, Race, Runner, interleaved, relative_error  # noqa: E402
+import workloads  # noqa: E402
+from harness import (  # noqa: E402
+    Judge,
+    NotInstalledError,
+    Race,
+    Runner,
+    interleaved,
+    relative_error,
+)
+
+from cases import Conv  # noqa: E402
 
 EXACT = torch.arange(1.0, 9.0, dtype=torch.float64)
 
@@ -39,7 +52,7 @@ def race(**entrants):
 
 
 def run(a_race):
-    return compare.run_race(a_race, 3, True, lambda text: None, lambda name: None)
+    return compare.run_race(a_race, 3, True, lambda text: None, lambda name: None)[0]
 
 
 def test_only_right_answers_are_timed_and_the_rest_is_listed():
@@ -143,6 +156,108 @@ def test_tables_come_from_the_json_file(monkeypatch, tmp_path, capsys):
     (tmp_path / "a.json").unlink()
     with pytest.raises(FileNotFoundError):
         table.main(["--check", str(document)])
+
+
+def test_ncnn_and_mnn_run_in_races_of_batch_1_alone():
+    for n, enters in ((1, True), (2, False)):
+        names = rivals.cpu_inference(torch.nn.ReLU(), [torch.zeros(n, 3, 4, 4)])
+        assert ("ncnn" in names, "MNN" in names) == (enters, enters)
+
+
+@pytest.mark.parametrize("name", ["ncnn", "MNN"])
+def test_a_rival_of_two_inputs_gives_the_right_answer(name):
+    judge = Judge(suites.conv_bn_relu_race(Conv("tiny", 16, 16, 3, 1, 8, n=1), True, "cpu"))
+    judge.admit("torch eager")
+    try:
+        runner = judge.admit(name)
+    except NotInstalledError as error:
+        pytest.skip(str(error))
+    runner.run()
+    assert relative_error(runner.answer(), judge.exact) == judge.errors[name]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_layers_have_all_flops_of_the_model(training):
+    model = workloads.torchvision_model(workloads.QUICK).train(training)
+    images, labels = workloads.batch(workloads.QUICK)
+    ours = workloads.fastres_model(workloads.QUICK, model)
+    if training:
+        runner = rivals.training_step(ours, images, labels)
+    else:
+        runner = rivals.eager(ours, [images])
+    runner.run()
+    lines = layers.by_kind(layers.profile(runner.run, 1), {"float32 FLOP/s": 1e9, "copy B/s": 1e9})
+    flops = sum(line.get("flops", 0) for line in lines)
+    assert flops == workloads.model_flops(model, images, training)
+    calls = {line["kind"]: line["calls"] for line in lines}
+    forward = {"stem": 1, "3x3": 5, "3x3 stride 2": 3, "1x1 stride 2": 3, "pool": 1, "fc": 1}
+    assert forward.items() <= calls.items()
+    if training:
+        norms = "BatchNorm + add + ReLU"
+        backward = {"stem backward": 1, "3x3 backward": 5, norms: 5, f"{norms} backward": 5}
+        assert {**backward, "optimizer": 1}.items() <= calls.items()
+    assert lines[-1]["kind"] == "rest"
+
+
+def test_layers_count_the_fewest_bytes():
+    x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight, ones = torch.randn(4, 8, 1, 1), torch.ones(4)
+
+    def run(stride, packed):
+        bn = (ones, ones, ones, ones, 1e-5)
+        geometry = ([stride, stride], [0, 0], [1, 1], 1)
+        torch.ops.fastres.conv_bn_relu(x, weight, None, *bn, None, *geometry, True, packed)
+
+    for stride, packed in ((1, None), (1, torch.empty(0)), (2, None)):
+        (call,) = layers.profile(lambda s=stride, p=packed: run(s, p), 1).calls
+        positions = (6 // stride) ** 2
+        assert call.kind == ("1x1" if stride == 1 else "1x1 stride 2")
+        assert call.flops == 2 * positions * 8 * 4
+        # A stride of 2 reads one position in four.
+        assert call.nbytes == 4 * (positions * 8 + positions * 4 + 8 * 4 + 4 * 4)
+
+
+PEAKS = {"float32 FLOP/s": 1e9, "copy B/s": 1e8}
+
+
+def profile_of_two_kinds():
+    calls = [
+        layers.Call("3x3", 10**6, 10),
+        layers.Call("3x3", 10, 10**6),
+        layers.Call("pool", 0, 100),
+    ]
+    return layers.Profile(0.1, {"3x3": 0.022, "pool": 0.05}, calls)
+
+
+def test_the_roofline_is_of_every_call_by_itself():
+    conv, pool, rest = layers.by_kind(profile_of_two_kinds(), PEAKS)
+    # One call by its FLOPs, the other by its bytes.
+    assert conv["roofline"] == pytest.approx(1e-3 + 1e-2)
+    assert conv["distance"] == pytest.approx(2)
+    assert conv["calls"] == 2
+    assert conv["share"] == pytest.approx(0.22)
+    assert pool["distance"] == pytest.approx(5e4)
+    assert rest["seconds"] == pytest.approx(0.028)
+    assert layers.cells(conv) == ["3x3", "2", "22.00 ms", "22%", "0", "1.0", "11.00 ms", "2.00"]
+    assert len(layers.cells(rest)) == len(layers.HEADINGS)
+    assert "most to gain: pool, 50.00 ms" in layers.verdict([conv, pool, rest], PEAKS)
+
+
+def test_a_roofline_of_one_case_in_a_document():
+    record = run(race()) | {"peaks": PEAKS, "layers": layers.by_kind(profile_of_two_kinds(), PEAKS)}
+    record |= {
+        "device": "a CPU",
+        "threads": 2,
+        "versions": {},
+        "commit": None,
+        "date": "2026-01-01",
+    }
+    text = table.markdown([record, record | {"case": "another"}], "roofline:a-case")
+    assert text.startswith("a-case:\n")
+    assert "| 3x3 | 2 | 22.00 ms | 22% |" in text
+    assert "another" not in text
+    with pytest.raises(ValueError, match="no layers"):
+        table.markdown([run(race())], "roofline")
 
 
 @pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
