@@ -23,7 +23,7 @@ constexpr int64_t kManyKernels = 256 * 256;
 
 // Whether the processor has dot products of this 16-bit type, with which torch's convolution
 // outruns ours in float32. (float16 arithmetic without dot products, AVX512_FP16, does not.)
-bool has_dot_products(DType dtype) {
+bool has_dot_products([[maybe_unused]] DType dtype) {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0) return false;
