@@ -159,6 +159,8 @@ bench = [
     "pnnx; platform_machine != 'aarch64'",
     "MNN; platform_machine != 'aarch64'",
 ]
+# A cross compiler, with which tests/test_portability.py compiles the C++ sources for aarch64.
+cross = ["ziglang>=0.17"]
 lint = ["ruff>=0.6", "mypy>=1.11", "clang-format>=18", "codespell>=2.3", "pre-commit>=3.8"]
 
 setup(
@@ -191,7 +193,7 @@ setup(
         "rich>=13",
         "tyro>=0.9",
     ],
-    extras_require={"test": test, "bench": bench, "dev": [*test, *bench, *lint]},
+    extras_require={"test": test, "bench": bench, "dev": [*test, *bench, *lint, *cross]},
     entry_points={"console_scripts": ["fastres = fastres.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
