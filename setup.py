@@ -24,12 +24,15 @@ TORCH_REQUIREMENT = "torch>=2.10"
 # The oldest torch whose Stable ABI the binary asks for: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # One source of kernels, compiled once per instruction set.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [
+    *(*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "-mprefer-vector-width=512",
+]
 INSTRUCTION_SET_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512.cpp": [
-        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        "-mprefer-vector-width=512",
-    ],
+    "kernels_avx2.cpp": AVX2_FLAGS,
+    "kernels_avx512.cpp": AVX512_FLAGS,
+    "kernels_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
 
 

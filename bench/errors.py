@@ -22,7 +22,7 @@ import fastres  # noqa: F401  (registers the ops)
 from cases import RESNET_CONVS, Conv
 from tolerances import largest_error, relative_error
 
-ALGORITHMS = ("aten", "packed", "winograd2", "winograd4")
+ALGORITHMS = ("aten", "packed", "amx", "winograd2", "winograd4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,7 +67,7 @@ def rows(conv: Conv, dtype: torch.dtype) -> list[str]:
     exact = exact_step(conv, [x, w, dz])
     lines = []
     winograd = conv.kernel == 3 and conv.stride == 1 and conv.c_in % 16 == 0
-    for algorithm in ALGORITHMS if winograd else ALGORITHMS[:2]:
+    for algorithm in ALGORITHMS if winograd else ALGORITHMS[:3]:
         os.environ["FASTRES_CPU_ALGORITHM"] = algorithm
         errors = [
             f"{relative_error(a, b):.1e} / {largest_error(a, b):.1e}"

@@ -31,7 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability",
       [] { return std::string(fastres::cpu::isa_name(fastres::cpu::current_isa())); },
-      "The instruction set in use: baseline, avx2 or avx512.");
+      "The instruction set in use: baseline, avx2, avx512 or amx.");
   m.def("available_cpu_capabilities", &fastres::cpu::available_isas,
         "The instruction sets that this machine can use, slowest first.");
   m.def("packed_conv_weight_numel", &fastres::cpu::packed_conv_weight_numel,

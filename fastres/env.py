@@ -20,8 +20,9 @@ from fastres.ops._register import LAUNCHERS, OPS, why_no_triton
 from fastres.version import __version__
 
 VARIABLES = {
-    "FASTRES_CPU_CAPABILITY": "upper bound of the CPU instruction set: baseline, avx2 or avx512",
-    "FASTRES_CPU_ALGORITHM": "convolution on the CPU: winograd4, winograd2 or packed (ours), "
+    "FASTRES_CPU_CAPABILITY": "upper bound of the CPU instruction set: baseline, avx2, avx512 or "
+    "amx",
+    "FASTRES_CPU_ALGORITHM": "convolution on the CPU: winograd4, winograd2, amx or packed (ours), "
     "aten (torch's); default: by shape",
     "FASTRES_CPU_KEEP_MB": "megabytes of freed memory that the CPU kernels keep for their next "
     "results; default: 1024, or an eighth of the machine's memory if that is less",

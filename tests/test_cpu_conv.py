@@ -27,7 +27,7 @@ SMALL_RESNET_CONVS = tuple(
 CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
 
 
-@pytest.fixture(params=["winograd4", "winograd2", "packed", "aten"])
+@pytest.fixture(params=["winograd4", "winograd2", "amx", "packed", "aten"])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
     return request.param
@@ -65,7 +65,7 @@ class Problem:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.dtype = dtype
-        exact_algorithm = os.environ.get("FASTRES_CPU_ALGORITHM") in ("winograd2", "packed", "aten")
+        exact_algorithm = os.environ.get("FASTRES_CPU_ALGORITHM") in ("winograd2", "amx", "packed", "aten")
         self.factor = 2.0 if exact_algorithm else case.factor
         self.geometry = ([case.stride] * 2, [case.padding] * 2, [1, 1])
         fan_in = case.c_in * case.kernel**2
@@ -241,7 +241,7 @@ def test_packed_order(packed_algorithm: None) -> None:
     assert pack_conv_weight(weight, [1, 1], [1, 1], [1, 1]).equal(panels.reshape(-1))
 
 
-@pytest.mark.parametrize("form", ["winograd4", "winograd2", "packed"])
+@pytest.mark.parametrize("form", ["winograd4", "winograd2", "amx", "packed"])
 def test_every_form_serves_every_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(32, 32, 3, 3)
     geometry = ([1, 1], [1, 1], [1, 1], 1)

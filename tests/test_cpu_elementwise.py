@@ -365,4 +365,4 @@ def test_unknown_instruction_set_is_an_error() -> None:
         check=False,
     )
     assert run.returncode != 0
-    assert "must be baseline, avx2 or avx512, got 'sse9'" in run.stderr
+    assert "must be baseline, avx2, avx512 or amx, got 'sse9'" in run.stderr

@@ -4,6 +4,7 @@
 
 #include "channel_rows.h"
 #include "conv_algorithm.h"
+#include "conv_amx.h"
 #include "conv_blocks.h"
 #include "conv_log.h"
 #include "memory.h"
@@ -108,15 +109,15 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
                         dtype != DType::float64 && s.ci > 0 && s.co > 0;
   if (!can_pack) return {Algorithm::aten, "no kernel of ours takes it"};
   if (const auto named = algorithm_from_environment()) {
-    return {*named == Algorithm::aten ? Algorithm::aten : choose_form(s, true),
+    return {*named == Algorithm::aten ? Algorithm::aten : cheapest_algorithm(s, true),
             "FASTRES_CPU_ALGORITHM is set"};
   }
   if (!form && s.pixels() < kPixelsWorthPacking) {
     return {Algorithm::aten, "too few pixels to pack the weights for"};
   }
   if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
-  if (form) return {*form, "the weights are packed for it"};
-  return {choose_form(s, true), "the least estimated cost"};
+  if (form) return {algorithm_for(s, *form), "the weights are packed for it"};
+  return {cheapest_algorithm(s, true), "the least estimated cost"};
 }
 
 // Rounded to float and padded with zeros to whole panels, so that vectors can be loaded anywhere.
@@ -219,19 +220,9 @@ Plan make_plan(const ConvShape& s, const KernelTable& table, int64_t threads) {
 // Runs the packed algorithm; returns (kConvSums, whole panels) of z where asked for.
 std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool statistics) {
   const KernelTable& table = kernels();
-  if (s.kh == 1 && s.kw == 1 && s.padding[0] == 0 && s.padding[1] == 0) {
-    // Rows and columns that the stride leaves out need not be looked at.
-    args.input_stride_h *= s.stride[0];
-    args.input_stride_w *= s.stride[1];
-    s.stride = {1, 1};
-    s.ih = s.oh;
-    s.iw = s.ow;
-    const bool dense = args.input_stride_h == s.iw * args.input_stride_w &&
-                       args.input_stride_n == s.ih * args.input_stride_h;
-    if (dense) {
-      s.iw = s.ow = s.pixels();
-      s.n = s.ih = s.oh = 1;
-    }
+  if (is_pointwise(s) && drop_stride(args, s)) {
+    s.iw = s.ow = s.pixels();
+    s.n = s.ih = s.oh = 1;
   }
   set_sizes(args, s);
   args.window = dtype != DType::float32 || args.in_mean != nullptr || s.padding[0] != 0 ||
@@ -287,17 +278,17 @@ Tensor with_dense_channels(const Tensor& input) {
 // What both ops give to the algorithms over packed weights. Keeps alive what args points to.
 struct PackedConv {
   Tensor input, weight;
-  Algorithm form;
+  Algorithm algorithm;
   Scratch packed;
   ConvArgs args{};
 
   PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
-             const ConvShape& s, Algorithm form_)
-      : input(with_dense_channels(input_)), weight(weight_), form(form_) {
-    if (form_of(s, given) == form) {
+             const ConvShape& s, Algorithm algorithm_)
+      : input(with_dense_channels(input_)), weight(weight_), algorithm(algorithm_) {
+    if (form_of(s, given) == weight_form(algorithm)) {
       args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
-      pack_as(s, form);
+      pack_in(s, weight_form(algorithm));
     }
     args.input = input.const_data_ptr();
     args.input_stride_n = input.stride(0);
@@ -307,18 +298,21 @@ struct PackedConv {
 
   // Returns (kConvSums, whole panels) of z where asked for.
   std::vector<double> run(const ConvShape& s, DType dtype, bool statistics) {
-    if (is_winograd(form)) {
-      auto sums = run_winograd(args, s, dtype, winograd_tile(form), statistics);
+    // Not finite: an infinity or a NaN has no bfloat16 parts, and belongs to fewer pixels than
+    // Winograd's tiles give it to.
+    if (algorithm == Algorithm::amx) {
+      auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
-      // An infinity or a NaN, which belongs to fewer pixels than Winograd's tiles give it to.
-      pack_as(s, Algorithm::packed);
+    } else if (is_winograd(algorithm)) {
+      auto sums = run_winograd(args, s, dtype, winograd_tile(algorithm), statistics);
+      if (sums.has_value()) return std::move(*sums);
+      pack_in(s, Algorithm::packed);
     }
     return run_packed(args, s, dtype, statistics);
   }
 
  private:
-  void pack_as(const ConvShape& s, Algorithm new_form) {
-    form = new_form;
+  void pack_in(const ConvShape& s, Algorithm form) {
     packed = scratch_floats(packed_floats(s, form));
     const bool is_float = weight.scalar_type() == ScalarType::Float;
     pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form,
@@ -434,7 +428,7 @@ int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
                                  const std::vector<int64_t>& dilation, int64_t groups,
                                  const std::vector<int64_t>& input_size) {
   const ConvShape s = shape_to_pack(weight, stride, padding, dilation, groups, input_size);
-  return packs(s) ? packed_floats(s, choose_form(s, false)) : 0;
+  return packs(s) ? packed_floats(s, weight_form(cheapest_algorithm(s, false))) : 0;
 }
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
@@ -445,7 +439,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
       shape_to_pack({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
                     padding, dilation, groups, input_size);
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
-  const Algorithm form = choose_form(s, false);
+  const Algorithm form = weight_form(cheapest_algorithm(s, false));
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
   if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
@@ -468,7 +462,8 @@ std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<
       check_sizes(op, {input.data(), 4}, {weight.data(), 4}, stride, padding, dilation, groups);
   // Inference in float32 keeps packed weights, as fastres.nn does.
   const bool kept = !training && dtype == DType::float32 && packs(s);
-  const std::optional<Algorithm> form = kept ? std::optional(choose_form(s, false)) : std::nullopt;
+  const std::optional<Algorithm> form =
+      kept ? std::optional(weight_form(cheapest_algorithm(s, false))) : std::nullopt;
   return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv_amx.h"
 #include "conv_blocks.h"
 #include "isa.h"
 #include "winograd.h"
@@ -16,7 +17,7 @@
 namespace fastres::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"winograd4", "winograd2", "packed", "aten"};
+constexpr const char* kNames[] = {"winograd4", "winograd2", "amx", "packed", "aten"};
 
 // Kernels of so many numbers are read from memory: fewer positions are better than fewer products.
 constexpr int64_t kManyKernels = 256 * 256;
@@ -40,11 +41,12 @@ const char* algorithm_name(Algorithm a) { return kNames[static_cast<int>(a)]; }
 std::optional<Algorithm> algorithm_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
   if (value == nullptr || *value == '\0') return std::nullopt;
-  for (int a = 0; a < 4; ++a) {
+  for (int a = 0; a < 5; ++a) {
     if (std::string(value) == kNames[a]) return static_cast<Algorithm>(a);
   }
   throw std::runtime_error(
-      std::string("FASTRES_CPU_ALGORITHM must be winograd4, winograd2, packed or aten, got '") +
+      std::string(
+          "FASTRES_CPU_ALGORITHM must be winograd4, winograd2, amx, packed or aten, got '") +
       value + "'");
 }
 
@@ -59,19 +61,28 @@ bool torch_is_faster(DType dtype) {
   return false;
 }
 
-Algorithm choose_form(const ConvShape& s, bool packing) {
+Algorithm algorithm_for(const ConvShape& s, Algorithm form) {
+  return form == Algorithm::packed && has_matrix_unit() && amx_pays(s) ? Algorithm::amx : form;
+}
+
+Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   const std::optional<Algorithm> named = algorithm_from_environment();
   const bool fits = winograd_fits(s);
-  if (named && (fits || !is_winograd(*named))) {
+  if (named && (is_winograd(*named) ? fits : *named != Algorithm::amx || has_matrix_unit())) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
-  if (!fits) return Algorithm::packed;
+  const bool amx = has_matrix_unit() && amx_pays(s);
+  if (!fits) return amx ? Algorithm::amx : Algorithm::packed;
+  if (s.n == 0 && amx) return Algorithm::amx;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
   constexpr double pack_cost = 8.0;  // of a weight, in multiply-adds
   const double weights = 9.0 * s.ci * s.co;
-  const double direct = weights * (s.pixels() + (packing ? kReadCost + pack_cost : kColdReadCost));
+  // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
+  const double speed = amx ? 3.1 : 1.0;
+  const double direct =
+      weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : kColdReadCost));
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
-  if (direct <= std::min(with4, with2)) return Algorithm::packed;
+  if (direct <= std::min(with4, with2)) return amx ? Algorithm::amx : Algorithm::packed;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;
 }
 

@@ -1,6 +1,7 @@
-// Which of four algorithms computes a convolution. All but the last take one pass over packed
+// Which of five algorithms computes a convolution. All but the last take one pass over packed
 // weights in float32, with prologue, epilogue and statistics:
 //   winograd4, winograd2  minimal filtering F(4,3) and F(2,3): 3x3 without a stride (winograd.h)
+//   amx                   an implicit GEMM on the processor's matrix unit (conv_amx.h)
 //   packed                an implicit GEMM (conv_kernel.inl)
 //   aten                  torch's own convolution between passes of ours: for what the others do
 //                         not do (groups, dilation, float64), and where torch's is the faster one
@@ -14,7 +15,7 @@
 
 namespace fastres::cpu {
 
-enum class Algorithm { winograd4, winograd2, packed, aten };
+enum class Algorithm { winograd4, winograd2, amx, packed, aten };
 
 constexpr bool is_winograd(Algorithm a) {
   return a == Algorithm::winograd4 || a == Algorithm::winograd2;
@@ -22,6 +23,9 @@ constexpr bool is_winograd(Algorithm a) {
 
 // Pixels across an output tile.
 constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 : 2; }
+
+// The form in which it reads the weights, called by the first algorithm that it was made for.
+constexpr Algorithm weight_form(Algorithm a) { return a == Algorithm::amx ? Algorithm::packed : a; }
 
 // As FASTRES_CPU_ALGORITHM has it.
 const char* algorithm_name(Algorithm a);
@@ -33,8 +37,11 @@ std::optional<Algorithm> algorithm_from_environment();
 // Whether this processor has instructions for the dtype that torch uses and ours do not.
 bool torch_is_faster(DType dtype);
 
-// The form in which the weights of a convolution are best packed; `packing` where that is done for
+// The algorithm that takes the least time, but for aten; `packing` where the weights are packed for
 // one call only. A shape without pictures (n = 0) is of any.
-Algorithm choose_form(const ConvShape& s, bool packing);
+Algorithm cheapest_algorithm(const ConvShape& s, bool packing);
+
+// Of those whose weights are in a form.
+Algorithm algorithm_for(const ConvShape& s, Algorithm form);
 
 }  // namespace fastres::cpu

@@ -323,7 +323,7 @@ WinogradPlan plan_winograd(const ConvShape& s, DType dtype) {
   const std::optional<Algorithm> named = algorithm_from_environment();
   if (named ? !is_winograd(*named) : torch_is_faster(dtype)) return plan;
   plan.weight = named || winograd_gradient_pays(s);
-  const Algorithm form = choose_form(transposed(s), true);
+  const Algorithm form = cheapest_algorithm(transposed(s), true);
   if (is_winograd(form)) plan.input = form;
   return plan;
 }

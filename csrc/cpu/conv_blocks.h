@@ -36,6 +36,23 @@ inline std::vector<double> total_of_blocks(std::vector<double> sums, int64_t blo
   return sums;
 }
 
+// Whether the convolution is a matrix product of pixels' channels.
+inline bool is_pointwise(const ConvShape& s) {
+  return s.kh == 1 && s.kw == 1 && s.padding[0] == 0 && s.padding[1] == 0;
+}
+
+// Makes a pointwise convolution one without a stride: rows and columns that the stride leaves out
+// need not be looked at. Returns whether its input pixels are then one after the other.
+inline bool drop_stride(ConvArgs& args, ConvShape& s) {
+  args.input_stride_h *= s.stride[0];
+  args.input_stride_w *= s.stride[1];
+  s.stride = {1, 1};
+  s.ih = s.oh;
+  s.iw = s.ow;
+  return args.input_stride_h == s.iw * args.input_stride_w &&
+         args.input_stride_n == s.ih * args.input_stride_h;
+}
+
 // Everything that args say about sizes.
 inline void set_sizes(ConvArgs& args, const ConvShape& s) {
   args.ih = s.ih;

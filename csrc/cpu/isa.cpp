@@ -6,25 +6,51 @@
 
 #include "kernel_table.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastres::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};
 
 Isa upper_bound_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_CAPABILITY");
-  if (value == nullptr || *value == '\0') return Isa::avx512;
+  if (value == nullptr || *value == '\0') return Isa::amx;
   for (const Isa isa : kAllIsas) {
     if (std::string(value) == isa_name(isa)) return isa;
   }
   throw std::runtime_error(
-      std::string("FASTRES_CPU_CAPABILITY must be baseline, avx2 or avx512, got '") + value + "'");
+      std::string("FASTRES_CPU_CAPABILITY must be baseline, avx2, avx512 or amx, got '") + value +
+      "'");
+}
+
+// Whether the processor multiplies tiles of bfloat16, and Linux lets this process do so.
+bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of cpuid's leaf 7
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) {
+    return false;
+  }
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -41,7 +67,7 @@ Isa hardware_isa() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return has_amx() ? Isa::amx : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -64,6 +90,8 @@ const KernelTable& kernels() {
   static const KernelTable& table = []() -> const KernelTable& {
     switch (current_isa()) {
 #if defined(__x86_64__)
+      case Isa::amx:
+        return amx::table;
       case Isa::avx512:
         return avx512::table;
       case Isa::avx2:

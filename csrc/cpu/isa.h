@@ -6,7 +6,8 @@
 
 namespace fastres::cpu {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+// amx is avx512 with convolutions on the matrix unit.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 const char* isa_name(Isa isa);
 
@@ -14,7 +15,7 @@ const char* isa_name(Isa isa);
 Isa hardware_isa();
 
 // hardware_isa(), bounded above by the environment variable FASTRES_CPU_CAPABILITY
-// (baseline, avx2 or avx512), read once. Throws std::runtime_error on any other value.
+// (baseline, avx2, avx512 or amx), read once. Throws std::runtime_error on any other value.
 Isa current_isa();
 
 // Names of all the instruction sets that can be chosen on this machine, slowest first.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "conv_amx_kernel.h"
 #include "conv_kernel.h"
 #include "winograd_kernel.h"
 
@@ -123,6 +124,8 @@ struct KernelTable {
   WinogradGradientFn winograd_gradient[kDTypes];  // none for float64
   WinogradGradientEndFn winograd_gradient_end;
   ChannelSumsFn channel_sums[kDTypes];
+
+  AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
 };
 
 namespace baseline {
@@ -132,6 +135,9 @@ namespace avx2 {
 extern const KernelTable table;
 }
 namespace avx512 {
+extern const KernelTable table;
+}
+namespace amx {
 extern const KernelTable table;
 }
 

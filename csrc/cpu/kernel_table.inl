@@ -10,6 +10,9 @@
 #include "conv_backward_kernel.inl"
 #include "conv_kernel.inl"
 #include "winograd_kernel.inl"
+#if defined(__AMX_BF16__)
+#include "conv_amx_kernel.inl"
+#endif
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -59,6 +62,11 @@ constexpr KernelTable make_table() {
   t.winograd_gradient[static_cast<int>(DType::bfloat16)] = winograd_gradient<bfloat16>;
   t.winograd_gradient[static_cast<int>(DType::float16)] = winograd_gradient<float16>;
   t.winograd_gradient_end = winograd_gradient_end;
+#if defined(__AMX_BF16__)
+  t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
+  t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;
+  t.amx_block[static_cast<int>(DType::float16)] = amx_conv_block<float16>;
+#endif
   set_winograd.template operator()<4>(0);
   set_winograd.template operator()<2>(1);
   return t;

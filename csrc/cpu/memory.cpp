@@ -26,7 +26,7 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 // Below, malloc itself keeps what is freed.
-constexpr int64_t kLargeBytes = 1 << 20;
+constexpr int64_t kLargeBytes = 1 << 16;
 
 size_t initial_limit() {
   if (const char* value = std::getenv("FASTRES_CPU_KEEP_MB"); value != nullptr && *value != '\0') {

@@ -161,6 +161,14 @@ FASTRES_INLINE void store(float16* p, Floats v) {
 #endif
 }
 
+FASTRES_INLINE bool all_zero(Floats x) {
+  alignas(64) float lanes[kFloatLanes];
+  store(lanes, x);
+  bool zero = true;
+  for (int i = 0; i < kFloatLanes; ++i) zero &= lanes[i] == 0.0f;
+  return zero;
+}
+
 // The first n < lanes elements; the other lanes are 0.
 template <typename T>
 FASTRES_INLINE typename Compute<T>::vec load_partial(const T* p, int n) {

@@ -173,14 +173,6 @@ FASTRES_INLINE WinogradPlace winograd_place(const ConvArgs& args, int64_t tile) 
           .width = static_cast<int>(min<int64_t>(O, args.ow - w))};
 }
 
-FASTRES_INLINE bool winograd_is_zero(Floats x) {
-  alignas(64) float lanes[kFloatLanes];
-  store(lanes, x);
-  bool zero = true;
-  for (int i = 0; i < kFloatLanes; ++i) zero &= lanes[i] == 0.0f;
-  return zero;
-}
-
 // Tiles [tile0, tile1), `row` floats apart.
 template <typename T, int O>
 void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, float* patches,
@@ -319,7 +311,7 @@ bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
           finish(args, block, panel * kConvPanel + c, scratch.products + c, product_stride, sums);
     }
   }
-  return winograd_is_zero(bad);
+  return all_zero(bad);
 }
 
 // Transforms the tile of the gradient at `in`, of which height x width pixels exist, for `channels`
@@ -484,7 +476,7 @@ inline bool winograd_gradient_end(const WinogradGradientBlock& block, const floa
       }
     }
   }
-  return winograd_is_zero(bad);
+  return all_zero(bad);
 }
 
 // w.kh and w.kw are 3; w.co and w.ci are multiples of kConvPanel.

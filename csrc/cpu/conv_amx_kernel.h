@@ -1,0 +1,68 @@
+// The interface between conv_amx.cpp and conv_amx_kernel.inl: float32 convolutions on the matrix
+// unit of Intel's AMX, which multiplies bfloat16 and adds in float32. A float is the sum of three
+// bfloat16 parts, high + middle + low; of the nine products of two floats' parts the six largest
+// are added up, which leaves out less than 2^-22 of a product.
+#pragma once
+
+#include "conv_kernel.h"
+
+namespace fastres::cpu {
+
+// Pixels and output channels of a tile, input channels of a step, and parts of a float.
+inline constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxParts = 3;
+// Floats that a tile's operand of one part takes, and all three parts.
+inline constexpr int64_t kAmxTile = 16 * kAmxDepth / 2;
+inline constexpr int64_t kAmxStep = kAmxParts * kAmxTile;
+
+constexpr int64_t amx_steps(int64_t channels) { return (channels + kAmxDepth - 1) / kAmxDepth; }
+
+// A panel's weights in parts: [kh][kw][step][part][channel pair][16 output channels][2].
+constexpr int64_t amx_panel_floats(int64_t taps, int64_t ci) {
+  return taps * amx_steps(ci) * kAmxStep;
+}
+
+// Weights in parts, of so many pairs of panels, stay in the second level cache while pixels pass
+// by.
+constexpr int64_t amx_group_pairs(int64_t taps, int64_t ci) {
+  const int64_t pairs = 64 * 1024 / (2 * amx_panel_floats(taps, ci));
+  return pairs > 1 ? pairs : 1;
+}
+
+// A block's padded input, in bfloat16 parts: [phase][step][part][line][32 channels]. A phase holds
+// the pixels whose places in the window are equal modulo the stride; its lines are [row][column]
+// [image], so that neighbouring outputs of a row read neighbouring lines, whatever the tap.
+struct AmxWindow {
+  int64_t images, rows, columns;  // of a phase
+  int64_t phases, steps;
+
+  constexpr AmxWindow(const ConvArgs& args, int64_t images_, int64_t out_rows)
+      : images(images_),
+        rows(((out_rows - 1) * args.stride_h + args.kh + args.stride_h - 1) / args.stride_h),
+        columns(((args.ow - 1) * args.stride_w + args.kw + args.stride_w - 1) / args.stride_w),
+        phases(args.stride_h * args.stride_w),
+        steps(amx_steps(args.ci)) {}
+
+  constexpr int64_t pitch() const { return columns * images; }
+  // The last tile may reach beyond; an odd number keeps parts out of each other's cache sets.
+  constexpr int64_t lines() const { return (rows * pitch() + kAmxRows) | 1; }
+  constexpr int64_t plane() const { return lines() * (kAmxDepth / 2); }  // in floats
+  constexpr int64_t floats() const { return phases * steps * kAmxParts * plane(); }
+};
+
+// Upper bound of the tiles of a block.
+constexpr int64_t amx_most_tiles(int64_t images, int64_t rows, int64_t ow) {
+  return rows * ((ow * images + kAmxRows - 1) / kAmxRows);
+}
+
+struct AmxScratch {
+  float* window;     // AmxWindow::floats()
+  float* weights;    // 2 * amx_group_pairs() * amx_panel_floats()
+  int64_t* starts;   // amx_most_tiles(): a tile's first line
+  int64_t* offsets;  // 16 times as many: where an output pixel is written, or -1
+};
+
+// Of the block, [w0, w1) must be whole rows. Returns whether all sums were finite; where they were
+// not, the output may be wrong.
+using AmxBlockFn = bool (*)(const ConvArgs&, const ConvBlock&, const AmxScratch&, double* sums);
+
+}  // namespace fastres::cpu

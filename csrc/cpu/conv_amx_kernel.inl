@@ -1,0 +1,317 @@
+// Convolution as an implicit GEMM on AMX tiles: two tiles of 16 output pixels by two of 16 output
+// channels at a time, over all taps and input channels.
+
+namespace fastres::cpu::FASTRES_ISA {
+
+// x with all but the highest 8 bits of its mantissa cleared: a bfloat16.
+FASTRES_INLINE Floats amx_high(Floats x) {
+  return bit_cast<Floats>(bit_cast<Uints>(x) & 0xffff0000);
+}
+
+// The 32 bfloat16 of two vectors that hold nothing else.
+FASTRES_INLINE void amx_store(float* to, Floats first, Floats second) {
+  alignas(64) static constexpr uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                   23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                   45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i words = _mm512_permutex2var_epi16(bit_cast<__m512i>(first), _mm512_load_si512(odd),
+                                                  bit_cast<__m512i>(second));
+  _mm512_store_si512(to, words);
+}
+
+// The three parts of 32 channels, each `plane` floats after the other.
+FASTRES_INLINE void amx_split(Floats a, Floats b, float* to, int64_t plane) {
+  const Floats high_a = amx_high(a), high_b = amx_high(b);
+  const Floats rest_a = a - high_a, rest_b = b - high_b;
+  const Floats middle_a = amx_high(rest_a), middle_b = amx_high(rest_b);
+  amx_store(to, high_a, high_b);
+  amx_store(to + plane, middle_a, middle_b);
+  amx_store(to + 2 * plane, rest_a - middle_a, rest_b - middle_b);
+}
+
+// A pixel's channels after the prologue, into its line of every step and part.
+template <typename T, bool kPrologue>
+FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, float* to, int64_t plane) {
+  const auto prologue = [&](Floats x, int64_t c) FASTRES_LAMBDA_INLINE {
+    if (!kPrologue) return x;
+    return relu((x - load(args.in_mean + c)) * load(args.in_scale + c) + load(args.in_bias + c));
+  };
+  int64_t c = 0;
+  for (; c + kAmxDepth <= args.ci; c += kAmxDepth, to += kAmxParts * plane) {
+    amx_split(prologue(load(in + c), c), prologue(load(in + c + kFloatLanes), c + kFloatLanes), to,
+              plane);
+  }
+  if (c == args.ci) return;
+  Floats x[2] = {};
+  for (int v = 0; v < 2 && c < args.ci; ++v, c += kFloatLanes) {
+    const int64_t rest = args.ci - c;
+    // The prologue's vectors are padded with zeros, and give zeros there.
+    x[v] = prologue(
+        rest < kFloatLanes ? load_partial(in + c, static_cast<int>(rest)) : load(in + c), c);
+  }
+  amx_split(x[0], x[1], to, plane);
+}
+
+template <typename T, bool kPrologue>
+void amx_fill_window(const ConvArgs& args, const ConvBlock& block, const AmxWindow& window,
+                     float* to) {
+  constexpr int64_t line = kAmxDepth / 2;
+  const int64_t plane = window.plane(), parts = window.steps * kAmxParts;
+  const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
+  const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
+  const int64_t width = (args.ow - 1) * args.stride_w + args.kw;
+  for (int64_t r = 0; r < height; ++r) {
+    const int64_t h = h0 + r;
+    float* line_of_row = to + r % args.stride_h * args.stride_w * parts * plane +
+                         r / args.stride_h * window.pitch() * line;
+    for (int64_t n = 0; n < window.images; ++n) {
+      const T* row = static_cast<const T*>(args.input) + (block.n0 + n) * args.input_stride_n +
+                     h * args.input_stride_h;
+      for (int64_t phase = 0; phase < args.stride_w; ++phase) {
+        float* pixel = line_of_row + phase * parts * plane + n * line;
+        for (int64_t c = phase; c < width; c += args.stride_w, pixel += window.images * line) {
+          const int64_t w = c - args.pad_w;
+          if (h < 0 || h >= args.ih || w < 0 || w >= args.iw) {
+            for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
+          } else {
+            amx_fill_pixel<T, kPrologue>(args, row + w * args.input_stride_w, pixel, plane);
+          }
+        }
+      }
+    }
+  }
+}
+
+// What the sums of a tile run over.
+struct AmxDepth {
+  int64_t kh, kw, ci, stride_h, stride_w, steps, pitch, images, plane;
+};
+
+// Splits pairs of input channels [pair0, pair1) of a step of a panel: `in` holds `depth` input
+// channels of 16 output channels each, the step's others are zero.
+FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0, int pair1,
+                                      float* to) {
+  for (int p = pair0; p < pair1; ++p) {
+    Floats even = {}, odd = {};
+    if (2 * p < depth) even = load(in + 2 * p * kConvPanel);
+    if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
+#pragma GCC unroll 3
+    for (int part = 0; part < kAmxParts; ++part) {
+      const Floats a = amx_high(even), b = amx_high(odd);
+      store(to + part * kAmxTile + p * kConvPanel,
+            bit_cast<Floats>((bit_cast<Uints>(a) >> 16) | bit_cast<Uints>(b)));
+      even -= a;
+      odd -= b;
+    }
+  }
+}
+
+// Sums of R tiles of pixels by C of channels, into `out`, 32 floats a pixel. `parts` are the
+// weights' parts; kSplit makes them from `weight` on the way, a step ahead of their use.
+template <int R, int C, bool kSplit>
+__attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
+                                         const int64_t* starts, const float* weight, float* parts,
+                                         float* out) {
+  constexpr int64_t line = kAmxDepth / 2;
+  constexpr int kStride = 64;      // bytes of a tile's row
+  constexpr int64_t kAhead = 256;  // floats of weights, asked for before they are split
+  _tile_zero(0);
+  if (C > 1) _tile_zero(1);
+  if (R > 1) _tile_zero(2);
+  if (R > 1 && C > 1) _tile_zero(3);
+  const int64_t taps = d.kh * d.kw;
+  const int64_t panel_floats = amx_panel_floats(taps, d.ci),
+                source_floats = taps * d.ci * kConvPanel;
+  // Of the step that is split next: where its weights are, and how many channels its tap has left.
+  const float* source = weight;
+  const float* const source_end = weight + source_floats;
+  int64_t left = d.ci;
+  float* target = parts;
+  const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
+    if (!kSplit || source == source_end) return;
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      const float* in = source + c * source_floats;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        __builtin_prefetch(in + kAhead * 4 + (8 * quarter + i) * kConvPanel, 0, 3);
+      }
+      if (left >= kAmxDepth) {
+        amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4, target + c * panel_floats);
+      } else {
+        amx_split_weights(in, left, 4 * quarter, 4 * quarter + 4, target + c * panel_floats);
+      }
+    }
+    if (quarter < 3) return;
+    const int64_t depth = min<int64_t>(left, kAmxDepth);
+    source += depth * kConvPanel;
+    target += kAmxStep;
+    left = left == depth ? d.ci : left - depth;
+  };
+  for (int quarter = 0; quarter < 4; ++quarter) split(quarter);
+  const float* w = parts;
+  for (int64_t h = 0; h < d.kh; ++h) {
+    for (int64_t v = 0; v < d.kw; ++v) {
+      const int64_t phase = h % d.stride_h * d.stride_w + v % d.stride_w;
+      const float* a0 = window + phase * d.steps * kAmxParts * d.plane +
+                        (h / d.stride_h * d.pitch + v / d.stride_w * d.images) * line;
+      const float* a1 = a0 + (R > 1 ? starts[1] : 0) * line;
+      a0 += starts[0] * line;
+      for (int64_t k = 0; k < d.steps; ++k) {
+        const auto pixels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
+          _tile_loadd(4, a0 + part * d.plane, kStride);
+          if (R > 1) _tile_loadd(5, a1 + part * d.plane, kStride);
+        };
+        const auto channels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
+          _tile_loadd(6, w + part * kAmxTile, kStride);
+          if (C > 1) _tile_loadd(7, w + panel_floats + part * kAmxTile, kStride);
+        };
+        const auto multiply = [&]() FASTRES_LAMBDA_INLINE {
+          _tile_dpbf16ps(0, 4, 6);
+          if (C > 1) _tile_dpbf16ps(1, 4, 7);
+          if (R > 1) _tile_dpbf16ps(2, 5, 6);
+          if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+        };
+        // The smallest products first; one operand changes from one to the next.
+        pixels(2), channels(0), multiply(), split(0);
+        pixels(1), multiply(), split(1);
+        channels(1), multiply(), split(2);
+        pixels(0), multiply(), split(3);
+        channels(2), multiply();
+        channels(0), multiply();
+        a0 += kAmxParts * d.plane;
+        a1 += kAmxParts * d.plane;
+        w += kAmxStep;
+      }
+    }
+  }
+  constexpr int kRow = 2 * kAmxRows;
+  _tile_stored(0, out, kRow * 4);
+  if (C > 1) _tile_stored(1, out + kAmxRows, kRow * 4);
+  if (R > 1) _tile_stored(2, out + kAmxRows * kRow, kRow * 4);
+  if (R > 1 && C > 1) _tile_stored(3, out + kAmxRows * kRow + kAmxRows, kRow * 4);
+}
+
+template <int R, int C>
+FASTRES_INLINE auto amx_tiles_of(bool split) {
+  return split ? amx_tiles<R, C, true> : amx_tiles<R, C, false>;
+}
+
+// Where the tiles of a block start and their pixels are written; returns their number.
+inline int64_t amx_place_tiles(const ConvArgs& args, const ConvBlock& block,
+                               const AmxWindow& window, const AmxScratch& scratch) {
+  const int64_t row = args.ow * window.images, rows = block.h1 - block.h0;
+  const int64_t row_tiles = (row + kAmxRows - 1) / kAmxRows;
+  const int64_t all = (rows - 1) * window.pitch() + row;
+  const int64_t all_tiles = (all + kAmxRows - 1) / kAmxRows;
+  const bool by_row = rows * row_tiles <= all_tiles;
+  const int64_t tiles = by_row ? rows * row_tiles : all_tiles;
+  int64_t* offset = scratch.offsets;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t start =
+        by_row ? t / row_tiles * window.pitch() + t % row_tiles * kAmxRows : t * kAmxRows;
+    scratch.starts[t] = start;
+    int64_t h = start / window.pitch(), place = start % window.pitch();
+    for (int m = 0; m < kAmxRows; ++m, ++offset) {
+      const bool inside = place < row && h < rows;
+      const int64_t w = place / window.images, n = place % window.images;
+      *offset = inside ? (((block.n0 + n) * args.oh + block.h0 + h) * args.ow + w) * args.co : -1;
+      if (++place == window.pitch()) {
+        place = 0;
+        // By rows, the next row is the next tile's.
+        h = by_row ? rows : h + 1;
+      }
+    }
+  }
+  return tiles;
+}
+
+struct AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Writes `rows` pixels of `channels` sums after the epilogue; returns zero, or NaN where a sum is
+// not finite.
+template <typename T>
+FASTRES_INLINE Floats amx_write(const ConvArgs& args, const float* tile, int rows,
+                                const int64_t* offsets, int64_t channel, int channels, double* sums,
+                                int64_t plane) {
+  const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
+  const int vecs = whole + (rest != 0 ? 1 : 0);
+  Floats bad = {};
+  for (int v = 0; v < vecs; ++v) {
+    for (int r = 0; r < rows; ++r) bad += load(tile + r * kConvColumns + v * kFloatLanes) * 0.0f;
+  }
+  if (whole == 2) {
+    conv_store_of<T, 2>(args)(args, tile, rows, offsets, channel);
+  } else if (whole == 1) {
+    conv_store_of<T, 1>(args)(args, tile, rows, offsets, channel);
+  }
+  if (rest != 0) {
+    conv_store_partial<T>(args, tile + whole * kFloatLanes, rows, offsets,
+                          channel + whole * kFloatLanes, rest);
+  }
+  for (int v = 0; sums != nullptr && v < vecs; ++v) {
+    conv_add_sums(tile + v * kFloatLanes, rows, kConvColumns, sums + channel + v * kFloatLanes,
+                  plane);
+  }
+  return bad;
+}
+
+template <typename T>
+bool amx_conv_block(const ConvArgs& args, const ConvBlock& block, const AmxScratch& scratch,
+                    double* sums) {
+  const AmxWindow window(args, block.n1 - block.n0, block.h1 - block.h0);
+  if (args.in_mean != nullptr) {
+    amx_fill_window<T, true>(args, block, window, scratch.window);
+  } else {
+    amx_fill_window<T, false>(args, block, window, scratch.window);
+  }
+  const int64_t tiles = amx_place_tiles(args, block, window, scratch);
+  const int64_t taps = args.kh * args.kw;
+  const AmxDepth depth = {args.kh,      args.kw,        args.ci,       args.stride_h, args.stride_w,
+                          window.steps, window.pitch(), window.images, window.plane()};
+  const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
+  const int64_t end = min(block.panel1 * kConvPanel, args.co);
+  static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
+  static constexpr AmxConfig config{};
+  _tile_loadconfig(&config);
+  alignas(64) float out[2 * kAmxRows * kConvColumns];
+  Floats bad = {};
+  // Where weights are few, several pairs of panels at a time: a pixel's channels are written, and
+  // its residual is read, in one go.
+  const int64_t group = amx_group_pairs(taps, args.ci) * kConvColumns;
+  for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
+    const int64_t group1 = min(group0 + group, end);
+    for (int64_t t = 0; t < tiles; t += 2) {
+      const bool both = t + 1 < tiles;
+      const int64_t* offsets = scratch.offsets + t * kAmxRows;
+      const int pixels = both ? 2 * kAmxRows : kAmxRows;
+      for (int64_t c = group0; c < group1; c += kConvColumns) {
+        const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
+        const bool wide = channels > kAmxRows;
+        const bool split = t == 0;
+        const auto compute = both ? (wide ? amx_tiles_of<2, 2>(split) : amx_tiles_of<2, 1>(split))
+                                  : (wide ? amx_tiles_of<1, 2>(split) : amx_tiles_of<1, 1>(split));
+        compute(depth, scratch.window, scratch.starts + t, args.weight + c * taps * args.ci,
+                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci), out);
+        for (int m = 0; m < pixels;) {
+          if (offsets[m] < 0) {
+            ++m;
+            continue;
+          }
+          int last = m + 1;
+          while (last < pixels && offsets[last] >= 0) ++last;
+          bad += amx_write<T>(args, out + m * kConvColumns, last - m, offsets + m, c, channels,
+                              sums, plane);
+          m = last;
+        }
+      }
+    }
+  }
+  _tile_release();
+  return all_zero(bad);
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA
