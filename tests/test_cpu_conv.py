@@ -65,7 +65,12 @@ class Problem:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.dtype = dtype
-        exact_algorithm = os.environ.get("FASTRES_CPU_ALGORITHM") in ("winograd2", "amx", "packed", "aten")
+        exact_algorithm = os.environ.get("FASTRES_CPU_ALGORITHM") in (
+            "winograd2",
+            "amx",
+            "packed",
+            "aten",
+        )
         self.factor = 2.0 if exact_algorithm else case.factor
         self.geometry = ([case.stride] * 2, [case.padding] * 2, [1, 1])
         fan_in = case.c_in * case.kernel**2
