@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "amx_gradient_kernel.h"
 #include "conv_amx_kernel.h"
 #include "conv_kernel.h"
 #include "winograd_kernel.h"
@@ -126,6 +127,8 @@ struct KernelTable {
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
+  AmxGradientFn amx_gradient;  // none without a matrix unit
+  AmxGradientEndFn amx_gradient_end;
 };
 
 namespace baseline {

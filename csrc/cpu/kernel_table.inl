@@ -11,6 +11,7 @@
 #include "conv_kernel.inl"
 #include "winograd_kernel.inl"
 #if defined(__AMX_BF16__)
+#include "amx_gradient_kernel.inl"
 #include "conv_amx_kernel.inl"
 #endif
 
@@ -66,6 +67,8 @@ constexpr KernelTable make_table() {
   t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
   t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;
   t.amx_block[static_cast<int>(DType::float16)] = amx_conv_block<float16>;
+  t.amx_gradient = amx_gradient;
+  t.amx_gradient_end = amx_gradient_end;
 #endif
   set_winograd.template operator()<4>(0);
   set_winograd.template operator()<2>(1);
