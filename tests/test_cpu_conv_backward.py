@@ -258,6 +258,28 @@ def test_every_algorithm(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> Non
                 Case(conv, torch.float32, padding=padding).check()
 
 
+@pytest.mark.parametrize(
+    ("conv", "padding"),
+    [
+        (Conv("phases-of-a-stride", 33, 40, 5, 3, 17, n=2), 2),
+        (Conv("stride-beyond-the-kernel", 32, 32, 3, 4, 21, n=3), 1),
+        (Conv("taps-outside", 32, 32, 3, 1, 2, n=9), 3),
+        (Conv("whole-images", 48, 32, 3, 1, 5, n=70), 1),
+        (Conv("whole-images-stride-2", 48, 32, 7, 2, 9, n=33), 3),
+        (Conv("wide", 16, 20, 1, 2, 1100), 1),
+        (Conv("pointwise", 24, 104, 1, 1, 71), 0),
+        (Conv("pointwise-padded", 32, 32, 1, 2, 5, n=2), 1),
+    ],
+    ids=lambda value: str(value),
+)
+def test_weight_on_the_matrix_unit(
+    conv: Conv, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "amx")
+    for prologue in (False, True):
+        Case(conv, torch.float32, prologue=prologue, padding=padding).check()
+
+
 @pytest.mark.parametrize("conv", WHOLE_CONVS, ids=str)
 def test_same_bits_twice(conv: Conv) -> None:
     case = Case(conv, torch.float32)

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <array>
 
+#include "amx_gradient.h"
 #include "backward_sweep.h"
 #include "channel_rows.h"
 #include "conv_algorithm.h"
@@ -99,8 +101,10 @@ class OutputGradient {
     return args;
   }
 
-  Tensor compute() const {
-    Tensor dzt = empty_channels_last(z_.sizes(), z_.scalar_type());
+  // Computes it at the first call.
+  const Tensor& compute() const {
+    if (dzt_.has_value()) return *dzt_;
+    const Tensor& dzt = dzt_.emplace(empty_channels_last(z_.sizes(), z_.scalar_type()));
     if (rows_.numel == 0) return dzt;
     BnStatsBackwardArgs args = this->args();
     args.dzt = dzt.mutable_data_ptr();
@@ -109,8 +113,12 @@ class OutputGradient {
     return dzt;
   }
 
+  // Whether there is a dzt in memory already.
+  bool is_computed() const { return dzt_.has_value(); }
+
  private:
   Tensor dz_, z_;
+  mutable OptionalTensor dzt_;
   ChannelRows rows_;
   TiledVector mean_, constant_, slope_;
 };
@@ -366,15 +374,21 @@ OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, 
   return dinput;
 }
 
-// The weight's gradient in the weight's format, or none where a result is not finite.
-OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
-                                        const Tensor& weight,
-                                        const std::optional<Prologue>& prologue, const ConvShape& s,
-                                        DType dtype) {
-  log_convolution(kWeightGradient, s, dtype, "winograd", why_winograd());
+// An uninitialised gradient in float32, in the weight's format.
+Tensor empty_in_format_of(const Tensor& weight) {
   const bool channels_last = !weight.is_contiguous() && is_channels_last(weight);
-  Tensor dweight = torch::stable::empty(weight.sizes(), ScalarType::Float);
-  if (channels_last) dweight = empty_channels_last(weight.sizes(), ScalarType::Float);
+  return channels_last ? empty_channels_last(weight.sizes(), ScalarType::Float)
+                       : torch::stable::empty(weight.sizes(), ScalarType::Float);
+}
+
+WinogradKernelGradient kernel_gradient(const Tensor& dweight) {
+  return {static_cast<float*>(dweight.mutable_data_ptr()), dweight.stride(0), dweight.stride(1),
+          dweight.stride(2), dweight.stride(3)};
+}
+
+// The input, dense, and what is applied to it.
+ConvArgs input_args(const Tensor& input, const std::optional<Prologue>& prologue,
+                    const ConvShape& s) {
   ConvArgs args{};
   args.input = input.const_data_ptr();
   args.input_stride_w = s.ci;
@@ -385,13 +399,54 @@ OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
     args.in_scale = static_cast<const float*>(prologue->scale.data());
     args.in_bias = static_cast<const float*>(prologue->bias.data());
   }
-  const WinogradKernelGradient out{static_cast<float*>(dweight.mutable_data_ptr()),
-                                   dweight.stride(0), dweight.stride(1), dweight.stride(2),
-                                   dweight.stride(3)};
+  return args;
+}
+
+// The weight's gradient in the weight's format, or none where a result is not finite.
+OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
+                                        const Tensor& weight,
+                                        const std::optional<Prologue>& prologue, const ConvShape& s,
+                                        DType dtype) {
+  log_convolution(kWeightGradient, s, dtype, "winograd", why_winograd());
+  const Tensor dweight = empty_in_format_of(weight);
+  const ConvArgs args = input_args(input, prologue, s);
+  const WinogradKernelGradient out = kernel_gradient(dweight);
   if (!run_winograd_gradient(args, dzt.const_data_ptr(), s, dtype, out)) return std::nullopt;
   return weight.scalar_type() == ScalarType::Float
              ? dweight
              : torch::stable::to(dweight, weight.scalar_type());
+}
+
+// The weight's gradient by AMX in the weight's format, or none where a result is not finite.
+OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& input,
+                                   const Tensor& weight, const std::optional<Prologue>& prologue,
+                                   const ConvShape& s) {
+  log_convolution(kWeightGradient, s, DType::float32, "amx", why_winograd());
+  const Tensor dweight = empty_in_format_of(weight);
+  const BnStatsBackwardArgs stats = output.args();
+  AmxGradientArgs args{};
+  args.conv = input_args(input, prologue, s);
+  if (output.is_computed()) {
+    args.dz = static_cast<const float*>(output.compute().const_data_ptr());
+  } else {
+    args.dz = static_cast<const float*>(stats.dz);
+    args.z = static_cast<const float*>(stats.z);
+  }
+  args.mean = static_cast<const float*>(stats.mean);
+  args.constant = static_cast<const float*>(stats.constant);
+  args.slope = static_cast<const float*>(stats.slope);
+  if (!run_amx_gradient(args, s, kernel_gradient(dweight))) return std::nullopt;
+  return dweight;
+}
+
+// `shared` where backward_gemm reads the same for the input's gradient: with few channels that is
+// faster than to read it twice.
+bool weight_by_amx(const ConvShape& s, DType dtype, bool shared) {
+  if (dtype != DType::float32 || !amx_gradient_fits(s)) return false;
+  if (const auto named = algorithm_from_environment()) return *named == Algorithm::amx;
+  constexpr int64_t few_channels = 256;
+  const bool small = s.kh * s.kw == 1 && std::min(s.ci, s.co) < few_channels;
+  return amx_gradient_pays(s) && !(shared && small);
 }
 
 // By Winograd's algorithm where the plan says so and no infinity or NaN forbids it, else by aten.
@@ -471,17 +526,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   BatchNormGradients vectors;
   if (needs_input || needs_weight) {
     const OutputGradient output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
+    const bool by_gemm = gemm_is_faster(input, weight, z, conv);
+    const bool by_amx = needs_weight && weight_by_amx(conv, dtype, needs_input && by_gemm);
+    const bool weight_left = needs_weight && !by_amx;
     const WinogradPlan winograd = plan_winograd(conv, dtype);
     Gradients gradients;
-    if ((winograd.weight && needs_weight) || (winograd.input && needs_input)) {
+    if ((winograd.weight && weight_left) || (winograd.input && needs_input)) {
       gradients = backward_winograd(output, input_rows, weight, prologue, conv, dtype, winograd,
-                                    needs_input, needs_weight);
-    } else if (gemm_is_faster(input, weight, z, conv)) {
+                                    needs_input, weight_left);
+    } else if (by_gemm && (needs_input || weight_left)) {
       gradients =
-          backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input, needs_weight);
-    } else {
+          backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input, weight_left);
+    } else if (needs_input || weight_left) {
       gradients =
-          backward_aten(output, input_rows, weight, prologue, conv, needs_input, needs_weight);
+          backward_aten(output, input_rows, weight, prologue, conv, needs_input, weight_left);
+    }
+    if (by_amx) gradients.weight = amx_weight_gradient(output, input_rows, weight, prologue, conv);
+    if (needs_weight && !gradients.weight) {
+      gradients.weight =
+          backward_aten(output, input_rows, weight, prologue, conv, false, true).weight;
     }
     if (needs_input) dinput = *gradients.input;
     if (needs_weight) dweight = in_format_of(weight, *gradients.weight);
