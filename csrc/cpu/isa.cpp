@@ -8,10 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace fastres::cpu {
@@ -30,9 +30,10 @@ Isa upper_bound_from_environment() {
       "'");
 }
 
+#if defined(__x86_64__)
 // Whether the processor multiplies tiles of bfloat16, and Linux lets this process do so.
 bool has_amx() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of cpuid's leaf 7
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) {
@@ -44,6 +45,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 
