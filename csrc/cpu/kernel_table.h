@@ -127,7 +127,7 @@ struct KernelTable {
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
-  AmxGradientFn amx_gradient;  // none without a matrix unit
+  AmxGradientFn amx_gradient;     // none without a matrix unit
   AmxGradientEndFn amx_gradient_end;
 };
 
