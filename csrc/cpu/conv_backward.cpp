@@ -443,7 +443,8 @@ OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& i
 // faster than to read it twice.
 bool weight_by_amx(const ConvShape& s, DType dtype, bool shared) {
   if (dtype != DType::float32 || !amx_gradient_fits(s)) return false;
-  if (const auto named = algorithm_from_environment()) return *named == Algorithm::amx;
+  const std::optional<Algorithm> named = algorithm_from_environment();
+  if (named && (!is_winograd(*named) || winograd_fits(s))) return *named == Algorithm::amx;
   constexpr int64_t few_channels = 256;
   const bool small = s.kh * s.kw == 1 && std::min(s.ci, s.co) < few_channels;
   return amx_gradient_pays(s) && !(shared && small);
