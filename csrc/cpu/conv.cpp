@@ -13,9 +13,16 @@
 #include "winograd.h"
 
 namespace fastres::cpu {
-namespace {
 
 using torch::stable::parallel_for;
+
+void pack_panels(const ConvWeight& w, float* packed) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * w.ci * w.kh * w.kw));
+  parallel_for(0, ceil_div(w.co, kConvPanel), grain,
+               [&](int64_t begin, int64_t end) { kernels().conv_pack(w, packed, begin, end); });
+}
+
+namespace {
 
 std::array<int64_t, 2> check_pair(const char* op, const char* name,
                                   const std::vector<int64_t>& values, int64_t smallest) {
@@ -144,9 +151,7 @@ void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packe
     winograd_pack(w, winograd_tile(form), packed);
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * s.ci * s.kh * s.kw));
-  parallel_for(0, s.panels(), grain,
-               [&](int64_t begin, int64_t end) { kernels().conv_pack(w, packed, begin, end); });
+  pack_panels(w, packed);
 }
 
 // How a convolution is cut into blocks of pixels and groups of output channels.
@@ -462,8 +467,8 @@ std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<
       check_sizes(op, {input.data(), 4}, {weight.data(), 4}, stride, padding, dilation, groups);
   // Inference in float32 keeps packed weights, as fastres.nn does.
   const bool kept = !training && dtype == DType::float32 && packs(s);
-  const std::optional<Algorithm> form =
-      kept ? std::optional(weight_form(cheapest_algorithm(s, false))) : std::nullopt;
+  std::optional<Algorithm> form;
+  if (kept) form = weight_form(cheapest_algorithm(s, false));
   return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 

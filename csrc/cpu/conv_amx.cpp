@@ -101,14 +101,18 @@ bool amx_pays(const ConvShape& s) {
   return s.ci >= 16 && s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1;
 }
 
-std::optional<std::vector<double>> run_amx(ConvArgs args, ConvShape s, DType dtype,
+std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType dtype,
                                            bool statistics) {
-  if (is_pointwise(s) && drop_stride(args, s)) {
+  ConvArgs& conv = args.conv;
+  const bool dense = args.output_stride_h == s.ow * args.output_stride_w &&
+                     args.output_stride_n == s.oh * args.output_stride_h;
+  if (is_pointwise(s) && drop_stride(conv, s) && dense) {
     s.n = s.pixels();
     s.ih = s.iw = s.oh = s.ow = 1;
-    args.input_stride_n = args.input_stride_w;
+    conv.input_stride_n = conv.input_stride_w;
+    args.output_stride_n = args.output_stride_w;
   }
-  set_sizes(args, s);
+  set_sizes(conv, s);
   const Plan plan = make_plan(s, torch::stable::get_num_threads());
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
@@ -120,7 +124,7 @@ std::optional<std::vector<double>> run_amx(ConvArgs args, ConvShape s, DType dty
   std::atomic<bool> finite = true;
   // Blocks of one channel group follow each other: their weights stay in the cache.
   parallel_for(0, plan.channel_groups * plan.pixel_blocks(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch window = scratch_floats(AmxWindow(args, images, rows).floats());
+    const Scratch window = scratch_floats(AmxWindow(conv, images, rows).floats());
     const Scratch weights = scratch_floats(2 * amx_group_pairs(s.kh * s.kw, s.ci) *
                                            amx_panel_floats(s.kh * s.kw, s.ci));
     const int64_t tiles = amx_most_tiles(images, rows, s.ow);
@@ -146,6 +150,91 @@ std::optional<std::vector<double>> run_amx(ConvArgs args, ConvShape s, DType dty
   });
   if (!finite) return std::nullopt;
   return total_of_blocks(std::move(sums), plan.pixel_blocks(), sums_of_block);
+}
+
+std::optional<std::vector<double>> run_amx(const ConvArgs& conv, const ConvShape& s, DType dtype,
+                                           bool statistics) {
+  AmxConvArgs args{};
+  args.conv = conv;
+  args.output_stride_w = s.co;
+  args.output_stride_h = s.ow * s.co;
+  args.output_stride_n = s.oh * s.ow * s.co;
+  return run_amx(args, s, dtype, statistics);
+}
+
+namespace {
+
+// The input pixels whose places are equal modulo the stride are the output of a convolution of the
+// output's gradient, with those of the kernel's taps that reach them, turned.
+struct Phase {
+  int64_t first, pixels;   // of the input
+  int64_t taps, last_tap;  // last_tap, then every stride-th before it
+  int64_t padding;
+
+  Phase(int64_t phase, int64_t size, int64_t kernel, int64_t stride, int64_t pad) : first(phase) {
+    pixels = size > phase ? ceil_div(size - phase, stride) : 0;
+    const int64_t first_tap = (phase + pad) % stride;
+    taps = kernel > first_tap ? ceil_div(kernel - first_tap, stride) : 0;
+    last_tap = first_tap + (taps - 1) * stride;
+    padding = taps - 1 - (phase + pad - first_tap) / stride;
+  }
+};
+
+}  // namespace
+
+bool amx_input_gradient_pays(const ConvShape& s) {
+  constexpr int64_t fewest_channels = 16, fewest_pixels = 64;
+  return has_matrix_unit() && s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
+         std::min(s.ci, s.co) >= fewest_channels && s.pixels() >= fewest_pixels;
+}
+
+std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
+                                                          const ConvWeight& weight,
+                                                          const ConvShape& s) {
+  std::vector<double> total(kConvSums * ceil_div(s.ci, kConvPanel) * kConvPanel);
+  const AmxConvArgs whole = args;
+  for (int64_t a = 0; a < s.stride[0]; ++a) {
+    for (int64_t b = 0; b < s.stride[1]; ++b) {
+      const Phase h(a, s.ih, s.kh, s.stride[0], s.padding[0]);
+      const Phase w(b, s.iw, s.kw, s.stride[1], s.padding[1]);
+      if (h.pixels == 0 || w.pixels == 0 || h.taps == 0 || w.taps == 0) continue;
+      const ConvShape t{.n = s.n,
+                        .ci = s.co,
+                        .ih = s.oh,
+                        .iw = s.ow,
+                        .co = s.ci,
+                        .oh = h.pixels,
+                        .ow = w.pixels,
+                        .kh = h.taps,
+                        .kw = w.taps,
+                        .stride = {1, 1},
+                        .padding = {h.padding, w.padding},
+                        .dilation = {1, 1},
+                        .groups = 1};
+      const ConvWeight turned{
+          .data = weight.data + h.last_tap * weight.stride_h + w.last_tap * weight.stride_w,
+          .stride_o = weight.stride_i,
+          .stride_i = weight.stride_o,
+          .stride_h = -s.stride[0] * weight.stride_h,
+          .stride_w = -s.stride[1] * weight.stride_w,
+          .co = t.co,
+          .ci = t.ci,
+          .kh = t.kh,
+          .kw = t.kw};
+      const Scratch packed = scratch_floats(t.packed_floats());
+      pack_panels(turned, packed.floats());
+      const int64_t first = a * whole.output_stride_h + b * whole.output_stride_w;
+      args.conv.weight = packed.floats();
+      args.conv.output = static_cast<float*>(whole.conv.output) + first;
+      args.x = whole.x == nullptr ? nullptr : whole.x + first;
+      args.output_stride_h = s.stride[0] * whole.output_stride_h;
+      args.output_stride_w = s.stride[1] * whole.output_stride_w;
+      const auto sums = run_amx(args, t, DType::float32, args.x != nullptr);
+      if (!sums.has_value()) return std::nullopt;
+      for (size_t i = 0; i < sums->size(); ++i) total[i] += (*sums)[i];
+    }
+  }
+  return total;
 }
 
 }  // namespace fastres::cpu

@@ -17,7 +17,18 @@ bool amx_pays(const ConvShape& s);
 
 // As run_winograd, with weights packed as the implicit GEMM without a matrix unit has them: they
 // are split on the way, which takes less time than reading half as many bytes again.
-std::optional<std::vector<double>> run_amx(ConvArgs args, ConvShape s, DType dtype,
+std::optional<std::vector<double>> run_amx(const ConvArgs& args, const ConvShape& s, DType dtype,
                                            bool statistics);
+
+// Whether it beats the other algorithms at the gradient of this convolution's input.
+bool amx_input_gradient_pays(const ConvShape& s);
+
+// The gradient of the input of convolution `s` into args' output, strided as args say: args' input
+// is the gradient of its output. Where no tap reaches it, the output stays as it is. Returns
+// (kConvSums, whole panels) of sums, with x the two that AmxConvArgs names and one of zeros; no
+// value where a result is not finite.
+std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
+                                                          const ConvWeight& weight,
+                                                          const ConvShape& s);
 
 }  // namespace fastres::cpu

@@ -10,6 +10,21 @@ namespace fastres::cpu {
 
 // Pixels and output channels of a tile, input channels of a step, and parts of a float.
 inline constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxParts = 3;
+// A convolution, or the gradient of one's input: a convolution of the output's gradient with the
+// kernels turned.
+struct AmxConvArgs {
+  ConvArgs conv;
+  // With z, laid out as the input, conv's input becomes that of z by a BatchNorm's statistics:
+  // input + in_bias + in_scale * (z - in_mean). Float32 only.
+  const float* z;
+  // Of the output, in elements.
+  int64_t output_stride_n, output_stride_h, output_stride_w;
+  // With x, laid out as the output, the epilogue is the backward of relu((x - x_mean) * x_scale +
+  // x_bias): what is written is the gradient of x, and the sums are, of the gradient g of what the
+  // ReLU takes, g and g * (x - x_mean). Vectors are padded to whole panels. Float32 only.
+  const float *x, *x_mean, *x_scale, *x_bias;
+};
+
 // Floats that a tile's operand of one part takes, and all three parts.
 inline constexpr int64_t kAmxTile = 16 * kAmxDepth / 2;
 inline constexpr int64_t kAmxStep = kAmxParts * kAmxTile;
@@ -63,6 +78,6 @@ struct AmxScratch {
 
 // Of the block, [w0, w1) must be whole rows. Returns whether all sums were finite; where they were
 // not, the output may be wrong.
-using AmxBlockFn = bool (*)(const ConvArgs&, const ConvBlock&, const AmxScratch&, double* sums);
+using AmxBlockFn = bool (*)(const AmxConvArgs&, const ConvBlock&, const AmxScratch&, double* sums);
 
 }  // namespace fastres::cpu

@@ -28,32 +28,43 @@ FASTRES_INLINE void amx_split(Floats a, Floats b, float* to, int64_t plane) {
   amx_store(to + 2 * plane, rest_a - middle_a, rest_b - middle_b);
 }
 
-// A pixel's channels after the prologue, into its line of every step and part.
-template <typename T, bool kPrologue>
-FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, float* to, int64_t plane) {
-  const auto prologue = [&](Floats x, int64_t c) FASTRES_LAMBDA_INLINE {
-    if (!kPrologue) return x;
-    return relu((x - load(args.in_mean + c)) * load(args.in_scale + c) + load(args.in_bias + c));
+// What is done to the input as it is loaded: nothing, the prologue, or AmxConvArgs's z.
+enum class AmxLoad { plain, prologue, gradient };
+
+// A pixel's channels into its line of every step and part.
+template <typename T, AmxLoad kLoad>
+FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const float* z, float* to,
+                                   int64_t plane) {
+  const auto loaded = [&](int64_t c, auto load_at) FASTRES_LAMBDA_INLINE {
+    const Floats x = load_at(in + c);
+    if constexpr (kLoad == AmxLoad::plain) return x;
+    const Floats mean = load(args.in_mean + c), scale = load(args.in_scale + c);
+    const Floats bias = load(args.in_bias + c);
+    if constexpr (kLoad == AmxLoad::prologue) return relu((x - mean) * scale + bias);
+    return x + (bias + scale * (load_at(z + c) - mean));
   };
+  const auto whole = [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); };
   int64_t c = 0;
   for (; c + kAmxDepth <= args.ci; c += kAmxDepth, to += kAmxParts * plane) {
-    amx_split(prologue(load(in + c), c), prologue(load(in + c + kFloatLanes), c + kFloatLanes), to,
-              plane);
+    amx_split(loaded(c, whole), loaded(c + kFloatLanes, whole), to, plane);
   }
   if (c == args.ci) return;
   Floats x[2] = {};
   for (int v = 0; v < 2 && c < args.ci; ++v, c += kFloatLanes) {
-    const int64_t rest = args.ci - c;
-    // The prologue's vectors are padded with zeros, and give zeros there.
-    x[v] = prologue(
-        rest < kFloatLanes ? load_partial(in + c, static_cast<int>(rest)) : load(in + c), c);
+    const int rest = static_cast<int>(min<int64_t>(args.ci - c, kFloatLanes));
+    // The vectors are padded with zeros, and give zeros there.
+    x[v] = rest == kFloatLanes ? loaded(c, whole)
+                               : loaded(c, [rest](const auto* p) FASTRES_LAMBDA_INLINE {
+                                   return load_partial(p, rest);
+                                 });
   }
   amx_split(x[0], x[1], to, plane);
 }
 
-template <typename T, bool kPrologue>
-void amx_fill_window(const ConvArgs& args, const ConvBlock& block, const AmxWindow& window,
+template <typename T, AmxLoad kLoad>
+void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWindow& window,
                      float* to) {
+  const ConvArgs& args = all.conv;
   constexpr int64_t line = kAmxDepth / 2;
   const int64_t plane = window.plane(), parts = window.steps * kAmxParts;
   const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
@@ -64,8 +75,7 @@ void amx_fill_window(const ConvArgs& args, const ConvBlock& block, const AmxWind
     float* line_of_row = to + r % args.stride_h * args.stride_w * parts * plane +
                          r / args.stride_h * window.pitch() * line;
     for (int64_t n = 0; n < window.images; ++n) {
-      const T* row = static_cast<const T*>(args.input) + (block.n0 + n) * args.input_stride_n +
-                     h * args.input_stride_h;
+      const int64_t row = (block.n0 + n) * args.input_stride_n + h * args.input_stride_h;
       for (int64_t phase = 0; phase < args.stride_w; ++phase) {
         float* pixel = line_of_row + phase * parts * plane + n * line;
         for (int64_t c = phase; c < width; c += args.stride_w, pixel += window.images * line) {
@@ -73,7 +83,9 @@ void amx_fill_window(const ConvArgs& args, const ConvBlock& block, const AmxWind
           if (h < 0 || h >= args.ih || w < 0 || w >= args.iw) {
             for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
           } else {
-            amx_fill_pixel<T, kPrologue>(args, row + w * args.input_stride_w, pixel, plane);
+            const int64_t at = row + w * args.input_stride_w;
+            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at, all.z + at,
+                                     pixel, plane);
           }
         }
       }
@@ -197,12 +209,13 @@ FASTRES_INLINE auto amx_tiles_of(bool split) {
 }
 
 // Where the tiles of a block start and their pixels are written; returns their number.
-inline int64_t amx_place_tiles(const ConvArgs& args, const ConvBlock& block,
+inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
                                const AmxWindow& window, const AmxScratch& scratch) {
+  const ConvArgs& args = all.conv;
   const int64_t row = args.ow * window.images, rows = block.h1 - block.h0;
   const int64_t row_tiles = (row + kAmxRows - 1) / kAmxRows;
-  const int64_t all = (rows - 1) * window.pitch() + row;
-  const int64_t all_tiles = (all + kAmxRows - 1) / kAmxRows;
+  const int64_t whole = (rows - 1) * window.pitch() + row;
+  const int64_t all_tiles = (whole + kAmxRows - 1) / kAmxRows;
   const bool by_row = rows * row_tiles <= all_tiles;
   const int64_t tiles = by_row ? rows * row_tiles : all_tiles;
   int64_t* offset = scratch.offsets;
@@ -214,7 +227,9 @@ inline int64_t amx_place_tiles(const ConvArgs& args, const ConvBlock& block,
     for (int m = 0; m < kAmxRows; ++m, ++offset) {
       const bool inside = place < row && h < rows;
       const int64_t w = place / window.images, n = place % window.images;
-      *offset = inside ? (((block.n0 + n) * args.oh + block.h0 + h) * args.ow + w) * args.co : -1;
+      *offset = inside ? (block.n0 + n) * all.output_stride_n +
+                             (block.h0 + h) * all.output_stride_h + w * all.output_stride_w
+                       : -1;
       if (++place == window.pitch()) {
         place = 0;
         // By rows, the next row is the next tile's.
@@ -231,17 +246,55 @@ struct AmxConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The backward of x's BatchNorm and ReLU, for `rows` pixels of `count` channels.
+FASTRES_INLINE void amx_write_backward(const AmxConvArgs& args, const float* tile, int rows,
+                                       const int64_t* offsets, int64_t channel, int count,
+                                       double* sums, int64_t plane) {
+  const Floats mean = load(args.x_mean + channel), scale = load(args.x_scale + channel);
+  const Floats bias = load(args.x_bias + channel);
+  float* output = static_cast<float*>(args.conv.output) + channel;
+  const float* x = args.x + channel;
+  Floats sum = {}, products = {};
+  for (int m = 0; m < rows; ++m) {
+    const bool whole = count == kFloatLanes;
+    const Floats centered =
+        (whole ? load(x + offsets[m]) : load_partial(x + offsets[m], count)) - mean;
+    const Floats g =
+        select(centered * scale + bias <= Floats{}, Floats{}, load(tile + m * kConvColumns));
+    sum += g;
+    products += g * centered;
+    if (whole) {
+      store(output + offsets[m], g * scale);
+    } else {
+      store_partial(output + offsets[m], g * scale, count);
+    }
+  }
+  for (int h = 0; h < 2; ++h) {
+    double* p = sums + channel + h * kDoubleLanes;
+    store(p, load(p) + to_doubles(sum, h));
+    store(p + plane, load(p + plane) + to_doubles(products, h));
+  }
+}
+
 // Writes `rows` pixels of `channels` sums after the epilogue; returns zero, or NaN where a sum is
 // not finite.
 template <typename T>
-FASTRES_INLINE Floats amx_write(const ConvArgs& args, const float* tile, int rows,
+FASTRES_INLINE Floats amx_write(const AmxConvArgs& all, const float* tile, int rows,
                                 const int64_t* offsets, int64_t channel, int channels, double* sums,
                                 int64_t plane) {
+  const ConvArgs& args = all.conv;
   const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
   const int vecs = whole + (rest != 0 ? 1 : 0);
   Floats bad = {};
   for (int v = 0; v < vecs; ++v) {
     for (int r = 0; r < rows; ++r) bad += load(tile + r * kConvColumns + v * kFloatLanes) * 0.0f;
+  }
+  if (all.x != nullptr) {
+    for (int v = 0; v < vecs; ++v) {
+      amx_write_backward(all, tile + v * kFloatLanes, rows, offsets, channel + v * kFloatLanes,
+                         v < whole ? kFloatLanes : rest, sums, plane);
+    }
+    return bad;
   }
   if (whole == 2) {
     conv_store_of<T, 2>(args)(args, tile, rows, offsets, channel);
@@ -260,15 +313,15 @@ FASTRES_INLINE Floats amx_write(const ConvArgs& args, const float* tile, int row
 }
 
 template <typename T>
-bool amx_conv_block(const ConvArgs& args, const ConvBlock& block, const AmxScratch& scratch,
+bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScratch& scratch,
                     double* sums) {
+  const ConvArgs& args = all.conv;
   const AmxWindow window(args, block.n1 - block.n0, block.h1 - block.h0);
-  if (args.in_mean != nullptr) {
-    amx_fill_window<T, true>(args, block, window, scratch.window);
-  } else {
-    amx_fill_window<T, false>(args, block, window, scratch.window);
-  }
-  const int64_t tiles = amx_place_tiles(args, block, window, scratch);
+  const auto fill = all.z != nullptr          ? amx_fill_window<T, AmxLoad::gradient>
+                    : args.in_mean != nullptr ? amx_fill_window<T, AmxLoad::prologue>
+                                              : amx_fill_window<T, AmxLoad::plain>;
+  fill(all, block, window, scratch.window);
+  const int64_t tiles = amx_place_tiles(all, block, window, scratch);
   const int64_t taps = args.kh * args.kw;
   const AmxDepth depth = {args.kh,      args.kw,        args.ci,       args.stride_h, args.stride_w,
                           window.steps, window.pitch(), window.images, window.plane()};
@@ -303,8 +356,8 @@ bool amx_conv_block(const ConvArgs& args, const ConvBlock& block, const AmxScrat
           }
           int last = m + 1;
           while (last < pixels && offsets[last] >= 0) ++last;
-          bad += amx_write<T>(args, out + m * kConvColumns, last - m, offsets + m, c, channels,
-                              sums, plane);
+          bad += amx_write<T>(all, out + m * kConvColumns, last - m, offsets + m, c, channels, sums,
+                              plane);
           m = last;
         }
       }

@@ -5,6 +5,7 @@
 #include "backward_sweep.h"
 #include "channel_rows.h"
 #include "conv_algorithm.h"
+#include "conv_amx.h"
 #include "conv_backward_gemm.h"
 #include "conv_log.h"
 #include "memory.h"
@@ -450,6 +451,77 @@ bool weight_by_amx(const ConvShape& s, DType dtype, bool shared) {
   return amx_gradient_pays(s) && !(shared && small);
 }
 
+// A channel vector padded with zeros to whole panels.
+Scratch padded(const void* values, int64_t channels) {
+  const int64_t size = ceil_div(channels, kConvPanel) * kConvPanel;
+  Scratch out = scratch_floats(size);
+  std::copy_n(static_cast<const float*>(values), channels, out.floats());
+  std::fill(out.floats() + channels, out.floats() + size, 0.0f);
+  return out;
+}
+
+// The gradients of the input and of the prologue's vectors by AMX, or none where one is not finite.
+std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const Tensor& input,
+                                            const Tensor& weight,
+                                            const std::optional<Prologue>& prologue,
+                                            const ConvShape& s) {
+  log_convolution(kInputGradient, s, DType::float32, "amx", why_winograd());
+  Gradients gradients;
+  gradients.input = empty_channels_last(input.sizes(), ScalarType::Float);
+  Tensor dinput = *gradients.input;
+  if (s.kh < s.stride[0] || s.kw < s.stride[1]) torch::stable::zero_(dinput);
+  const BnStatsBackwardArgs stats = output.args();
+  const Scratch mean = padded(stats.mean, s.co), slope = padded(stats.slope, s.co),
+                constant = padded(stats.constant, s.co);
+  AmxConvArgs args{};
+  args.conv.input = stats.dz;
+  args.conv.input_stride_w = s.co;
+  args.conv.input_stride_h = s.ow * s.co;
+  args.conv.input_stride_n = s.oh * s.ow * s.co;
+  args.conv.in_mean = mean.floats();
+  args.conv.in_scale = slope.floats();
+  args.conv.in_bias = constant.floats();
+  args.z = static_cast<const float*>(stats.z);
+  args.conv.output = dinput.mutable_data_ptr();
+  args.output_stride_w = s.ci;
+  args.output_stride_h = s.iw * s.ci;
+  args.output_stride_n = s.ih * s.iw * s.ci;
+  Scratch x_mean, x_scale, x_bias;
+  if (prologue) {
+    x_mean = padded(prologue->mean.data(), s.ci);
+    x_scale = padded(prologue->scale.data(), s.ci);
+    x_bias = padded(prologue->bias.data(), s.ci);
+    args.x = static_cast<const float*>(input.const_data_ptr());
+    args.x_mean = x_mean.floats();
+    args.x_scale = x_scale.floats();
+    args.x_bias = x_bias.floats();
+  }
+  const ConvWeight kernels{.data = static_cast<const float*>(weight.const_data_ptr()),
+                           .stride_o = weight.stride(0),
+                           .stride_i = weight.stride(1),
+                           .stride_h = weight.stride(2),
+                           .stride_w = weight.stride(3),
+                           .co = s.co,
+                           .ci = s.ci,
+                           .kh = s.kh,
+                           .kw = s.kw};
+  const auto sums = run_amx_input_gradient(args, kernels, s);
+  if (!sums.has_value()) return std::nullopt;
+  if (prologue) {
+    const auto plane = sums->begin() + static_cast<int64_t>(sums->size()) / kConvSums;
+    gradients.vectors = BatchNormGradients(prologue->bn, {sums->begin(), sums->begin() + s.ci},
+                                           {plane, plane + s.ci});
+  }
+  return gradients;
+}
+
+bool input_by_amx(const ConvShape& s, DType dtype) {
+  if (dtype != DType::float32 || !amx_input_gradient_pays(s)) return false;
+  if (const auto named = algorithm_from_environment()) return *named == Algorithm::amx;
+  const bool winograd = winograd_fits(s) && s.padding[0] <= 2 && s.padding[1] <= 2;
+  return !winograd || cheapest_algorithm(transposed(s), true) == Algorithm::amx;
+}
+
 // By Winograd's algorithm where the plan says so and no infinity or NaN forbids it, else by aten.
 Gradients backward_winograd(const OutputGradient& output, const Tensor& input, const Tensor& weight,
                             const std::optional<Prologue>& prologue, const ConvShape& s,
@@ -527,20 +599,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   BatchNormGradients vectors;
   if (needs_input || needs_weight) {
     const OutputGradient output(dz, dmean_vector, dvar_vector, z, mean_vector, dtype);
-    const bool by_gemm = gemm_is_faster(input, weight, z, conv);
-    const bool by_amx = needs_weight && weight_by_amx(conv, dtype, needs_input && by_gemm);
-    const bool weight_left = needs_weight && !by_amx;
-    const WinogradPlan winograd = plan_winograd(conv, dtype);
     Gradients gradients;
-    if ((winograd.weight && weight_left) || (winograd.input && needs_input)) {
-      gradients = backward_winograd(output, input_rows, weight, prologue, conv, dtype, winograd,
-                                    needs_input, weight_left);
-    } else if (by_gemm && (needs_input || weight_left)) {
-      gradients =
-          backward_gemm(output, input_rows, weight, z, prologue, conv, needs_input, weight_left);
-    } else if (needs_input || weight_left) {
-      gradients =
-          backward_aten(output, input_rows, weight, prologue, conv, needs_input, weight_left);
+    bool input_left = needs_input;
+    if (needs_input && input_by_amx(conv, dtype)) {
+      if (auto found = amx_input_gradient(output, input_rows, weight, prologue, conv)) {
+        gradients = std::move(*found);
+        input_left = false;
+      }
+    }
+    const bool by_gemm = gemm_is_faster(input, weight, z, conv);
+    const bool by_amx = needs_weight && weight_by_amx(conv, dtype, input_left && by_gemm);
+    const bool weight_left = needs_weight && !by_amx;
+    if (input_left || weight_left) {
+      const WinogradPlan winograd = plan_winograd(conv, dtype);
+      Gradients others;
+      if ((winograd.weight && weight_left) || (winograd.input && input_left)) {
+        others = backward_winograd(output, input_rows, weight, prologue, conv, dtype, winograd,
+                                   input_left, weight_left);
+      } else if (by_gemm) {
+        others =
+            backward_gemm(output, input_rows, weight, z, prologue, conv, input_left, weight_left);
+      } else {
+        others = backward_aten(output, input_rows, weight, prologue, conv, input_left, weight_left);
+      }
+      if (input_left)
+        gradients = std::move(others);
+      else
+        gradients.weight = others.weight;
     }
     if (by_amx) gradients.weight = amx_weight_gradient(output, input_rows, weight, prologue, conv);
     if (needs_weight && !gradients.weight) {

@@ -36,6 +36,9 @@ inline std::vector<double> total_of_blocks(std::vector<double> sums, int64_t blo
   return sums;
 }
 
+// Weights into the panels of ConvWeight's comment.
+void pack_panels(const ConvWeight& weight, float* packed);
+
 // Whether the convolution is a matrix product of pixels' channels.
 inline bool is_pointwise(const ConvShape& s) {
   return s.kh == 1 && s.kw == 1 && s.padding[0] == 0 && s.padding[1] == 0;
