@@ -166,14 +166,27 @@ FASTRES_INLINE Doubles to_doubles(Floats x, int h) {
 // plane].
 FASTRES_INLINE void conv_add_sums(const float* tile, int rows, int64_t stride, double* sums,
                                   int64_t plane) {
-  Floats sum = load(tile);
-  for (int m = 1; m < rows; ++m) sum += load(tile + m * stride);
-  const Floats mean = sum * (1.0f / static_cast<float>(rows));
-  Floats squares = {};
-  for (int m = 0; m < rows; ++m) {
-    const Floats d = load(tile + m * stride) - mean;
-    squares += d * d;
+  // Several sums at a time: an addition waits for the one before.
+  constexpr int kChains = 4;
+  Floats sums_of[kChains] = {}, squares_of[kChains] = {};
+  int m = 0;
+  for (; m + kChains <= rows; m += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) sums_of[i] += load(tile + (m + i) * stride);
   }
+  for (; m < rows; ++m) sums_of[0] += load(tile + m * stride);
+  const Floats sum = (sums_of[0] + sums_of[1]) + (sums_of[2] + sums_of[3]);
+  const Floats mean = sum * (1.0f / static_cast<float>(rows));
+  const auto add_square = [&](int row, Floats& to) FASTRES_LAMBDA_INLINE {
+    const Floats d = load(tile + row * stride) - mean;
+    to += d * d;
+  };
+  for (m = 0; m + kChains <= rows; m += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) add_square(m + i, squares_of[i]);
+  }
+  for (; m < rows; ++m) add_square(m, squares_of[0]);
+  const Floats squares = (squares_of[0] + squares_of[1]) + (squares_of[2] + squares_of[3]);
   // mean is not exactly sum / rows, so that sum * mean comes with what it leaves of the squares.
   for (int h = 0; h < 2; ++h) {
     double* p = sums + h * kDoubleLanes;
