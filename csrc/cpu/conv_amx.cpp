@@ -98,7 +98,10 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
 bool has_matrix_unit() { return kernels().amx_block[static_cast<int>(DType::float32)] != nullptr; }
 
 bool amx_pays(const ConvShape& s) {
-  return s.ci >= 16 && s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1;
+  // Weights are split for each call, which few pixels do not repay.
+  constexpr int64_t fewest_channels = 16, fewest_pixels = 40;
+  return s.ci >= fewest_channels && (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 &&
+         s.dilation[0] == 1 && s.dilation[1] == 1;
 }
 
 std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType dtype,

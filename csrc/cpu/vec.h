@@ -177,6 +177,12 @@ FASTRES_INLINE typename Compute<T>::vec load_partial(const T* p, int n) {
   return load(buffer);
 }
 
+#if defined(__AVX512F__)
+FASTRES_INLINE Floats load_partial(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+#endif
+
 // Only the first n < lanes elements.
 template <typename T>
 FASTRES_INLINE void store_partial(T* p, typename Compute<T>::vec v, int n) {
