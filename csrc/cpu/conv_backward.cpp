@@ -440,12 +440,18 @@ OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& i
   return dweight;
 }
 
+// Whether FASTRES_CPU_ALGORITHM names amx; nothing where it names what this shape can't have.
+std::optional<bool> amx_is_named(const ConvShape& s) {
+  const std::optional<Algorithm> named = algorithm_from_environment();
+  if (!named || (is_winograd(*named) && !winograd_fits(s))) return std::nullopt;
+  return *named == Algorithm::amx;
+}
+
 // `shared` where backward_gemm reads the same for the input's gradient: with few channels that is
 // faster than to read it twice.
 bool weight_by_amx(const ConvShape& s, DType dtype, bool shared) {
   if (dtype != DType::float32 || !amx_gradient_fits(s)) return false;
-  const std::optional<Algorithm> named = algorithm_from_environment();
-  if (named && (!is_winograd(*named) || winograd_fits(s))) return *named == Algorithm::amx;
+  if (const auto named = amx_is_named(s)) return *named;
   constexpr int64_t few_channels = 256;
   const bool small = s.kh * s.kw == 1 && std::min(s.ci, s.co) < few_channels;
   return amx_gradient_pays(s) && !(shared && small);
@@ -517,7 +523,7 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
 
 bool input_by_amx(const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || !amx_input_gradient_pays(s)) return false;
-  if (const auto named = algorithm_from_environment()) return *named == Algorithm::amx;
+  if (const auto named = amx_is_named(s)) return *named;
   const bool winograd = winograd_fits(s) && s.padding[0] <= 2 && s.padding[1] <= 2;
   return !winograd || cheapest_algorithm(transposed(s), true) == Algorithm::amx;
 }
