@@ -8,6 +8,12 @@ FASTRES_INLINE Floats amx_high(Floats x) {
   return bit_cast<Floats>(bit_cast<Uints>(x) & 0xffff0000);
 }
 
+// x rounded to a bfloat16. Parts that are cut off have x's sign, and so do all the products that
+// are left out: one operand's parts are rounded, or errors would add up from layer to layer.
+FASTRES_INLINE Floats amx_rounded(Floats x) {
+  return bit_cast<Floats>((bit_cast<Uints>(x) + 0x8000) & 0xffff0000);
+}
+
 // The 32 bfloat16 of two vectors that hold nothing else.
 FASTRES_INLINE void amx_store(float* to, Floats first, Floats second) {
   alignas(64) static constexpr uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
@@ -108,7 +114,7 @@ FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0,
     if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
 #pragma GCC unroll 3
     for (int part = 0; part < kAmxParts; ++part) {
-      const Floats a = amx_high(even), b = amx_high(odd);
+      const Floats a = amx_rounded(even), b = amx_rounded(odd);
       store(to + part * kAmxTile + p * kConvPanel,
             bit_cast<Floats>((bit_cast<Uints>(a) >> 16) | bit_cast<Uints>(b)));
       even -= a;
