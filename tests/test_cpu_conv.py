@@ -318,6 +318,17 @@ def test_products_that_overflow_in_winograds_positions(
     assert relative_error(z, exact) < 2e-6
 
 
+@pytest.mark.parametrize("name", ["winograd2", "amx", "packed"])
+def test_errors_have_no_sign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would add up from layer to layer."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", name)
+    input = (torch.rand(4, 64, 14, 14) + 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(32, 64, 3, 3) + 1
+    exact = F.conv2d(input.double(), weight.double(), padding=1)
+    z = conv_stats(input, weight, None, None, None, None, 0.0, [1, 1], [1, 1], [1, 1])[0]
+    assert abs(float(((z.double() - exact) / exact).mean())) < 1e-8
+
+
 def test_empty_batch(algorithm: str) -> None:
     problem = Problem(Conv("empty", 8, 16, 3, 1, 8, n=0), torch.float32)
     assert problem.inference(conv_bn_relu, same, True).shape == (0, 16, 8, 8)

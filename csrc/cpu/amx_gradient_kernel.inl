@@ -3,31 +3,6 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
-struct AmxTileConfig {
-  uint8_t palette = 1;
-  uint8_t reserved[15] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The bfloat16 parts of two vectors, the first in the lower half of each pair.
-FASTRES_INLINE __m512i amx_pair(Floats first, Floats second) {
-  const __m512i upper = _mm512_maskz_srli_epi32(0xffff, bit_cast<__m512i>(first), 16);
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, upper, bit_cast<__m512i>(second));
-}
-
-FASTRES_INLINE Floats amx_rest(Floats x) {
-  return x - bit_cast<Floats>(bit_cast<Uints>(x) & 0xffff0000);
-}
-
-FASTRES_INLINE void amx_store_parts(uint16_t* out, int64_t part, Floats first, Floats second) {
-  _mm512_store_si512(out, amx_pair(first, second));
-  first = amx_rest(first);
-  second = amx_rest(second);
-  _mm512_store_si512(out + part, amx_pair(first, second));
-  _mm512_store_si512(out + 2 * part, amx_pair(amx_rest(first), amx_rest(second)));
-}
-
 // The offsets of the window's pixels in the input, -1 where there is none, in the order
 // [group][row][phase][variant][column][image].
 inline void amx_input_offsets(const ConvArgs& c, const AmxGradientBlock& b,
@@ -154,7 +129,7 @@ void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const Am
           }
           x = _mm512_maskz_mov_ps(static_cast<__mmask16>(even), x);
           y = _mm512_maskz_mov_ps(static_cast<__mmask16>(odd), y);
-          amx_store_parts(out, part, x, y);
+          amx_split_pairs<false>(out, part, x, y);
         }
       }
     }
@@ -191,8 +166,8 @@ void amx_gradient_right(const AmxGradientArgs& args, const AmxGradientBlock& b,
         return x;
       };
       const int64_t k = c - b.co0;
-      amx_store_parts(to + k / kAmxPanel * panel + k % kAmxPanel * 2, part, value(first),
-                      value(second));
+      amx_split_pairs<true>(to + k / kAmxPanel * panel + k % kAmxPanel * 2, part, value(first),
+                            value(second));
     }
   }
 }
@@ -329,7 +304,7 @@ inline bool amx_gradient(const AmxGradientArgs& args, const AmxGradientBlock& b,
     amx_gradient_right<false>(args, b, l, scratch.offsets, scratch.right);
   }
 
-  const AmxTileConfig config;
+  const AmxConfig config;
   _tile_loadconfig(&config);
   const int64_t left_panels = amx_ceil_div(b.ci1 - b.ci0, kAmxPanel);
   const int64_t right_panels = amx_ceil_div(b.co1 - b.co0, kAmxPanel);

@@ -3,6 +3,12 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
+struct AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 // x with all but the highest 8 bits of its mantissa cleared: a bfloat16.
 FASTRES_INLINE Floats amx_high(Floats x) {
   return bit_cast<Floats>(bit_cast<Uints>(x) & 0xffff0000);
@@ -12,6 +18,25 @@ FASTRES_INLINE Floats amx_high(Floats x) {
 // are left out: one operand's parts are rounded, or errors would add up from layer to layer.
 FASTRES_INLINE Floats amx_rounded(Floats x) {
   return bit_cast<Floats>((bit_cast<Uints>(x) + 0x8000) & 0xffff0000);
+}
+
+// The bfloat16 of two vectors that hold nothing else, the first in the lower half of each pair.
+FASTRES_INLINE __m512i amx_pair(Floats first, Floats second) {
+  const __m512i upper = _mm512_maskz_srli_epi32(0xffff, bit_cast<__m512i>(first), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, upper, bit_cast<__m512i>(second));
+}
+
+// The three parts of pairs, each `part` numbers after the other.
+template <bool kRounded>
+FASTRES_INLINE void amx_split_pairs(uint16_t* out, int64_t part, Floats first, Floats second) {
+#pragma GCC unroll 3
+  for (int i = 0; i < kAmxParts; ++i, out += part) {
+    const Floats a = kRounded ? amx_rounded(first) : amx_high(first);
+    const Floats b = kRounded ? amx_rounded(second) : amx_high(second);
+    _mm512_store_si512(out, amx_pair(a, b));
+    first -= a;
+    second -= b;
+  }
 }
 
 // The 32 bfloat16 of two vectors that hold nothing else.
@@ -90,8 +115,9 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
             for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
           } else {
             const int64_t at = row + w * args.input_stride_w;
-            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at, all.z + at,
-                                     pixel, plane);
+            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at,
+                                     kLoad == AmxLoad::gradient ? all.z + at : nullptr, pixel,
+                                     plane);
           }
         }
       }
@@ -112,14 +138,8 @@ FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0,
     Floats even = {}, odd = {};
     if (2 * p < depth) even = load(in + 2 * p * kConvPanel);
     if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
-#pragma GCC unroll 3
-    for (int part = 0; part < kAmxParts; ++part) {
-      const Floats a = amx_rounded(even), b = amx_rounded(odd);
-      store(to + part * kAmxTile + p * kConvPanel,
-            bit_cast<Floats>((bit_cast<Uints>(a) >> 16) | bit_cast<Uints>(b)));
-      even -= a;
-      odd -= b;
-    }
+    amx_split_pairs<true>(reinterpret_cast<uint16_t*>(to + p * kConvPanel), 2 * kAmxTile, even,
+                          odd);
   }
 }
 
@@ -245,12 +265,6 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
   }
   return tiles;
 }
-
-struct AmxConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // The backward of x's BatchNorm and ReLU, for `rows` pixels of `count` channels.
 FASTRES_INLINE void amx_write_backward(const AmxConvArgs& args, const float* tile, int rows,

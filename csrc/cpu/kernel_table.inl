@@ -11,8 +11,9 @@
 #include "conv_kernel.inl"
 #include "winograd_kernel.inl"
 #if defined(__AMX_BF16__)
-#include "amx_gradient_kernel.inl"
 #include "conv_amx_kernel.inl"
+// After conv_amx_kernel.inl, on which it builds.
+#include "amx_gradient_kernel.inl"
 #endif
 
 namespace fastres::cpu::FASTRES_ISA {
