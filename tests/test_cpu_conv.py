@@ -26,8 +26,12 @@ SMALL_RESNET_CONVS = tuple(
 # Set where this module runs once more, in a process of its own, on a lower instruction set.
 CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
 
+AMX = pytest.param(
+    "amx", marks=pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
+)
 
-@pytest.fixture(params=["winograd4", "winograd2", "amx", "packed", "aten"])
+
+@pytest.fixture(params=["winograd4", "winograd2", AMX, "packed", "aten"])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
     return request.param
@@ -246,7 +250,7 @@ def test_packed_order(packed_algorithm: None) -> None:
     assert pack_conv_weight(weight, [1, 1], [1, 1], [1, 1]).equal(panels.reshape(-1))
 
 
-@pytest.mark.parametrize("form", ["winograd4", "winograd2", "amx", "packed"])
+@pytest.mark.parametrize("form", ["winograd4", "winograd2", AMX, "packed"])
 def test_every_form_serves_every_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(32, 32, 3, 3)
     geometry = ([1, 1], [1, 1], [1, 1], 1)
@@ -318,7 +322,7 @@ def test_products_that_overflow_in_winograds_positions(
     assert relative_error(z, exact) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["winograd2", "amx", "packed"])
+@pytest.mark.parametrize("name", ["winograd2", AMX, "packed"])
 def test_errors_have_no_sign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would add up from layer to layer."""
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", name)

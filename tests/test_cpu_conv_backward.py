@@ -245,7 +245,12 @@ def test_nan_and_infinity_go_where_they_go_in_torch(where: str, value: float) ->
         torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("algorithm", ["winograd4", "winograd2", "amx", "packed", "aten"])
+AMX = pytest.param(
+    "amx", marks=pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
+)
+
+
+@pytest.mark.parametrize("algorithm", ["winograd4", "winograd2", AMX, "packed", "aten"])
 def test_every_algorithm(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
     for conv in (
