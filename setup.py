@@ -163,7 +163,7 @@ bench = [
     "MNN; platform_machine != 'aarch64'",
 ]
 # A cross compiler, with which tests/test_portability.py compiles the C++ sources for aarch64.
-cross = ["ziglang>=0.17"]
+cross = ["ziglang>=0.17", "pybind11>=2.13"]
 lint = ["ruff>=0.6", "mypy>=1.11", "clang-format>=18", "codespell>=2.3", "pre-commit>=3.8"]
 
 setup(
