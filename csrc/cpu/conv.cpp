@@ -137,16 +137,8 @@ Scratch padded_vector(const std::vector<double>& values) {
   return out;
 }
 
-void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
-  const ConvWeight w{.data = static_cast<const float*>(weight.const_data_ptr()),
-                     .stride_o = weight.stride(0),
-                     .stride_i = weight.stride(1),
-                     .stride_h = weight.stride(2),
-                     .stride_w = weight.stride(3),
-                     .co = s.co,
-                     .ci = s.ci,
-                     .kh = s.kh,
-                     .kw = s.kw};
+void pack(const Tensor& weight, Algorithm form, float* packed) {
+  const ConvWeight w = conv_weight_of(weight);
   if (is_winograd(form)) {
     winograd_pack(w, winograd_tile(form), packed);
     return;
@@ -240,37 +232,36 @@ std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool sta
   const int64_t window =
       images * ((rows - 1) * s.stride[0] + s.kh) * ((columns - 1) * s.stride[1] + s.kw) * s.ci;
   const int64_t plane = s.panels() * kConvPanel;
-  const int64_t sums_of_block = statistics ? kConvSums * plane : 0;
-  std::vector<double> sums(plan.pixel_blocks() * sums_of_block);
-
-  // Blocks of one channel group follow each other: their weights stay in the cache.
-  const int64_t tasks = plan.channel_groups * plan.pixel_blocks();
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<const float*> row_pointers(images * rows * columns);
-    std::vector<int64_t> offsets(images * rows * columns);
-    const Scratch window_floats = scratch_floats(args.window ? window : 0);
-    const ConvScratch scratch{row_pointers.data(), offsets.data(), window_floats.floats()};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / plan.pixel_blocks();
-      const int64_t block = task % plan.pixel_blocks();
-      const int64_t w = block % plan.column_blocks;
-      const int64_t h = block / plan.column_blocks % plan.row_blocks;
-      const int64_t n = block / plan.column_blocks / plan.row_blocks;
-      const auto [panel0, panel1] =
-          panels_of_group(s, table.conv_columns, group, plan.channel_groups);
-      const ConvBlock part{.n0 = cut(s.n, n, plan.image_blocks),
-                           .n1 = cut(s.n, n + 1, plan.image_blocks),
-                           .h0 = cut(s.oh, h, plan.row_blocks),
-                           .h1 = cut(s.oh, h + 1, plan.row_blocks),
-                           .w0 = cut(s.ow, w, plan.column_blocks),
-                           .w1 = cut(s.ow, w + 1, plan.column_blocks),
-                           .panel0 = panel0,
-                           .panel1 = panel1};
-      table.conv_block[static_cast<int>(dtype)](
-          args, part, scratch, statistics ? sums.data() + block * sums_of_block : nullptr);
-    }
-  });
-  return total_of_blocks(std::move(sums), plan.pixel_blocks(), sums_of_block);
+  struct Memory {
+    std::vector<const float*> rows;
+    std::vector<int64_t> offsets;
+    Scratch window;
+  };
+  const auto scratch = [&] {
+    return Memory{std::vector<const float*>(images * rows * columns),
+                  std::vector<int64_t>(images * rows * columns),
+                  scratch_floats(args.window ? window : 0)};
+  };
+  const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
+    const int64_t w = block % plan.column_blocks;
+    const int64_t h = block / plan.column_blocks % plan.row_blocks;
+    const int64_t n = block / plan.column_blocks / plan.row_blocks;
+    const auto [panel0, panel1] =
+        panels_of_group(s, table.conv_columns, group, plan.channel_groups);
+    const ConvBlock part{.n0 = cut(s.n, n, plan.image_blocks),
+                         .n1 = cut(s.n, n + 1, plan.image_blocks),
+                         .h0 = cut(s.oh, h, plan.row_blocks),
+                         .h1 = cut(s.oh, h + 1, plan.row_blocks),
+                         .w0 = cut(s.ow, w, plan.column_blocks),
+                         .w1 = cut(s.ow, w + 1, plan.column_blocks),
+                         .panel0 = panel0,
+                         .panel1 = panel1};
+    table.conv_block[static_cast<int>(dtype)](
+        args, part, {memory.rows.data(), memory.offsets.data(), memory.window.floats()}, sums);
+    return true;  // the direct sums are what they are
+  };
+  return *run_blocks(plan.channel_groups, plan.pixel_blocks(), statistics ? kConvSums * plane : 0,
+                     scratch, run);
 }
 
 // `input` itself where pixels hold their channels next to each other, as slices of channels_last
@@ -320,8 +311,7 @@ struct PackedConv {
   void pack_in(const ConvShape& s, Algorithm form) {
     packed = scratch_floats(packed_floats(s, form));
     const bool is_float = weight.scalar_type() == ScalarType::Float;
-    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form,
-         packed.floats());
+    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), form, packed.floats());
     args.weight = packed.floats();
   }
 };
@@ -376,10 +366,6 @@ std::vector<double> sums_of(const Tensor& z, DType dtype) {
   });
   return total_of_blocks(std::move(sums), blocks, sums_of_block);
 }
-
-}  // namespace
-
-namespace {
 
 ConvShape shape_to_pack(const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
@@ -446,7 +432,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
   const Algorithm form = weight_form(cheapest_algorithm(s, false));
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
-  if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
+  if (packed.numel() > 0) pack(weight, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 

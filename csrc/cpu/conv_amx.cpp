@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "conv_blocks.h"
@@ -11,8 +10,6 @@
 
 namespace fastres::cpu {
 namespace {
-
-using torch::stable::parallel_for;
 
 struct Plan {
   int64_t image_blocks, row_blocks, channel_groups;
@@ -120,39 +117,35 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
   const int64_t plane = s.panels() * kConvPanel;
-  const int64_t sums_of_block = statistics ? kConvSums * plane : 0;
-  std::vector<double> sums(plan.pixel_blocks() * sums_of_block);
+  const int64_t tiles = amx_most_tiles(images, rows, s.ow);
   const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
-
-  std::atomic<bool> finite = true;
-  // Blocks of one channel group follow each other: their weights stay in the cache.
-  parallel_for(0, plan.channel_groups * plan.pixel_blocks(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch window = scratch_floats(AmxWindow(conv, images, rows).floats());
-    const Scratch weights = scratch_floats(2 * amx_group_pairs(s.kh * s.kw, s.ci) *
-                                           amx_panel_floats(s.kh * s.kw, s.ci));
-    const int64_t tiles = amx_most_tiles(images, rows, s.ow);
-    std::vector<int64_t> starts(tiles), offsets(tiles * kAmxRows);
-    const AmxScratch scratch{window.floats(), weights.floats(), starts.data(), offsets.data()};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / plan.pixel_blocks(), block = task % plan.pixel_blocks();
-      const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;
-      const auto [panel0, panel1] = panels_of_group(s, 2 * kConvPanel, group, plan.channel_groups);
-      const ConvBlock part{.n0 = image_cut(s, n, plan.image_blocks),
-                           .n1 = image_cut(s, n + 1, plan.image_blocks),
-                           .h0 = cut(s.oh, h, plan.row_blocks),
-                           .h1 = cut(s.oh, h + 1, plan.row_blocks),
-                           .w0 = 0,
-                           .w1 = s.ow,
-                           .panel0 = panel0,
-                           .panel1 = panel1};
-      if (!kernel(args, part, scratch,
-                  statistics ? sums.data() + block * sums_of_block : nullptr)) {
-        finite = false;
-      }
-    }
-  });
-  if (!finite) return std::nullopt;
-  return total_of_blocks(std::move(sums), plan.pixel_blocks(), sums_of_block);
+  struct Memory {
+    Scratch window, weights;
+    std::vector<int64_t> starts, offsets;
+  };
+  const auto scratch = [&] {
+    return Memory{scratch_floats(AmxWindow(conv, images, rows).floats()),
+                  scratch_floats(2 * amx_group_pairs(s.kh * s.kw, s.ci) *
+                                 amx_panel_floats(s.kh * s.kw, s.ci)),
+                  std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows)};
+  };
+  const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
+    const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;
+    const auto [panel0, panel1] = panels_of_group(s, 2 * kConvPanel, group, plan.channel_groups);
+    const ConvBlock part{.n0 = image_cut(s, n, plan.image_blocks),
+                         .n1 = image_cut(s, n + 1, plan.image_blocks),
+                         .h0 = cut(s.oh, h, plan.row_blocks),
+                         .h1 = cut(s.oh, h + 1, plan.row_blocks),
+                         .w0 = 0,
+                         .w1 = s.ow,
+                         .panel0 = panel0,
+                         .panel1 = panel1};
+    const AmxScratch parts{memory.window.floats(), memory.weights.floats(), memory.starts.data(),
+                           memory.offsets.data()};
+    return kernel(args, part, parts, sums);
+  };
+  return run_blocks(plan.channel_groups, plan.pixel_blocks(), statistics ? kConvSums * plane : 0,
+                    scratch, run);
 }
 
 std::optional<std::vector<double>> run_amx(const ConvArgs& conv, const ConvShape& s, DType dtype,
@@ -214,18 +207,8 @@ std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                         .padding = {h.padding, w.padding},
                         .dilation = {1, 1},
                         .groups = 1};
-      const ConvWeight turned{
-          .data = weight.data + h.last_tap * weight.stride_h + w.last_tap * weight.stride_w,
-          .stride_o = weight.stride_i,
-          .stride_i = weight.stride_o,
-          .stride_h = -s.stride[0] * weight.stride_h,
-          .stride_w = -s.stride[1] * weight.stride_w,
-          .co = t.co,
-          .ci = t.ci,
-          .kh = t.kh,
-          .kw = t.kw};
       const Scratch packed = scratch_floats(t.packed_floats());
-      pack_panels(turned, packed.floats());
+      pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride), packed.floats());
       const int64_t first = a * whole.output_stride_h + b * whole.output_stride_w;
       args.conv.weight = packed.floats();
       args.conv.output = static_cast<float*>(whole.conv.output) + first;

@@ -7,6 +7,7 @@
 #include "conv_algorithm.h"
 #include "conv_amx.h"
 #include "conv_backward_gemm.h"
+#include "conv_blocks.h"
 #include "conv_log.h"
 #include "memory.h"
 #include "ops.h"
@@ -350,18 +351,8 @@ OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, 
   const Tensor kernels = weight.scalar_type() == ScalarType::Float
                              ? weight
                              : torch::stable::to(weight, ScalarType::Float);
-  const ConvWeight turned{.data = static_cast<const float*>(kernels.const_data_ptr()) +
-                                  2 * (kernels.stride(2) + kernels.stride(3)),
-                          .stride_o = kernels.stride(1),
-                          .stride_i = kernels.stride(0),
-                          .stride_h = -kernels.stride(2),
-                          .stride_w = -kernels.stride(3),
-                          .co = t.co,
-                          .ci = t.ci,
-                          .kh = 3,
-                          .kw = 3};
   const Scratch packed = scratch_floats(winograd_packed_floats(t, tile));
-  winograd_pack(turned, tile, packed.floats());
+  winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), tile, packed.floats());
   const Tensor dinput =
       empty_channels_last(std::array<int64_t, 4>{s.n, s.ci, s.ih, s.iw}, dzt.scalar_type());
   ConvArgs args{};
@@ -502,16 +493,7 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
     args.x_scale = x_scale.floats();
     args.x_bias = x_bias.floats();
   }
-  const ConvWeight kernels{.data = static_cast<const float*>(weight.const_data_ptr()),
-                           .stride_o = weight.stride(0),
-                           .stride_i = weight.stride(1),
-                           .stride_h = weight.stride(2),
-                           .stride_w = weight.stride(3),
-                           .co = s.co,
-                           .ci = s.ci,
-                           .kh = s.kh,
-                           .kw = s.kw};
-  const auto sums = run_amx_input_gradient(args, kernels, s);
+  const auto sums = run_amx_input_gradient(args, conv_weight_of(weight), s);
   if (!sums.has_value()) return std::nullopt;
   if (prologue) {
     const auto plane = sums->begin() + static_cast<int64_t>(sums->size()) / kConvSums;

@@ -1,8 +1,14 @@
 // How a convolution's work is cut among threads, and how their sums are joined.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -34,6 +40,55 @@ inline std::vector<double> total_of_blocks(std::vector<double> sums, int64_t blo
   }
   sums.resize(size);
   return sums;
+}
+
+// Runs the blocks of pixels of every channel group in torch's threads. `scratch()` makes a thread's
+// scratch, `run(scratch, group, block, sums)` computes a block and says whether its results are
+// finite. Returns the blocks' total of `sums_of_block` sums, nothing where a block was not finite.
+template <typename MakeScratch, typename Run>
+std::optional<std::vector<double>> run_blocks(int64_t groups, int64_t blocks, int64_t sums_of_block,
+                                              const MakeScratch& scratch, const Run& run) {
+  std::vector<double> sums(blocks * sums_of_block);
+  std::atomic<bool> finite = true;
+  // Blocks of one channel group follow each other: their weights stay in the cache.
+  torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    auto memory = scratch();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / blocks, block = task % blocks;
+      double* block_sums = sums_of_block > 0 ? sums.data() + block * sums_of_block : nullptr;
+      if (!run(memory, group, block, block_sums)) finite = false;
+    }
+  });
+  if (!finite) return std::nullopt;
+  return total_of_blocks(std::move(sums), blocks, sums_of_block);
+}
+
+// A (co, ci, kh, kw) float32 weight, of any strides.
+inline ConvWeight conv_weight_of(const torch::stable::Tensor& weight) {
+  return {.data = static_cast<const float*>(weight.const_data_ptr()),
+          .stride_o = weight.stride(0),
+          .stride_i = weight.stride(1),
+          .stride_h = weight.stride(2),
+          .stride_w = weight.stride(3),
+          .co = weight.size(0),
+          .ci = weight.size(1),
+          .kh = weight.size(2),
+          .kw = weight.size(3)};
+}
+
+// The weight of the convolution `t` that takes a gradient back to its input: `last`, then every
+// `step`-th tap before it, with inputs and outputs exchanged.
+inline ConvWeight turned(const ConvWeight& weight, const ConvShape& t,
+                         const std::array<int64_t, 2>& last, const std::array<int64_t, 2>& step) {
+  return {.data = weight.data + last[0] * weight.stride_h + last[1] * weight.stride_w,
+          .stride_o = weight.stride_i,
+          .stride_i = weight.stride_o,
+          .stride_h = -step[0] * weight.stride_h,
+          .stride_w = -step[1] * weight.stride_w,
+          .co = t.co,
+          .ci = t.ci,
+          .kh = t.kh,
+          .kw = t.kw};
 }
 
 // Weights into the panels of ConvWeight's comment.

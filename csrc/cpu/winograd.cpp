@@ -117,31 +117,19 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   const int64_t patches = positions * winograd_stride(block_tiles * winograd_row(s.ci));
   const int64_t products =
       positions * winograd_stride(block_tiles * winograd_row(kWinogradPanels * kConvPanel));
-  const int64_t sums_of_block = statistics ? kConvSums * s.co : 0;
-  std::vector<double> sums(plan.tile_blocks * sums_of_block);
   const auto kernel = table.winograd_block[kernel_index(tile)][static_cast<int>(dtype)];
-
-  std::atomic<bool> finite = true;
-  // Blocks of one channel group follow each other: their kernels stay in the cache.
-  parallel_for(0, plan.channel_groups * plan.tile_blocks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch memory = scratch_floats(patches + products);
-    const WinogradScratch scratch{memory.floats(), memory.floats() + patches};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / plan.tile_blocks, block = task % plan.tile_blocks;
-      const auto [panel0, panel1] =
-          panels_of_group(s, table.conv_columns, group, plan.channel_groups);
-      const WinogradBlock part{.tile0 = cut(tiles, block, plan.tile_blocks),
-                               .tile1 = cut(tiles, block + 1, plan.tile_blocks),
-                               .panel0 = panel0,
-                               .panel1 = panel1};
-      if (!kernel(args, part, scratch,
-                  statistics ? sums.data() + block * sums_of_block : nullptr)) {
-        finite = false;
-      }
-    }
-  });
-  if (!finite) return std::nullopt;
-  return total_of_blocks(std::move(sums), plan.tile_blocks, sums_of_block);
+  const auto scratch = [&] { return scratch_floats(patches + products); };
+  const auto run = [&](const Scratch& memory, int64_t group, int64_t block, double* sums) {
+    const auto [panel0, panel1] =
+        panels_of_group(s, table.conv_columns, group, plan.channel_groups);
+    const WinogradBlock part{.tile0 = cut(tiles, block, plan.tile_blocks),
+                             .tile1 = cut(tiles, block + 1, plan.tile_blocks),
+                             .panel0 = panel0,
+                             .panel1 = panel1};
+    return kernel(args, part, {memory.floats(), memory.floats() + patches}, sums);
+  };
+  return run_blocks(plan.channel_groups, plan.tile_blocks, statistics ? kConvSums * s.co : 0,
+                    scratch, run);
 }
 
 bool winograd_gradient_pays(const ConvShape& s) {
