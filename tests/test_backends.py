@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from running import run_python
 from torch import Tensor
 
 import fastres
@@ -184,13 +183,7 @@ def test_env_shows_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run_logging(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "FASTRES_LOG": "conv", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(script, **{"FASTRES_LOG": "conv", **variables})
 
 
 def logged(run: subprocess.CompletedProcess[str]) -> list[str]:

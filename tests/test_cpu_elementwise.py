@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from running import run_python
 from torch import Tensor
 
 from cases import ODD_ACTIVATIONS, Activation
@@ -357,12 +358,6 @@ def test_other_instruction_sets(isa: str) -> None:
 
 
 def test_unknown_instruction_set_is_an_error() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", "import fastres._C as c; c.cpu_capability()"],
-        env={**os.environ, "FASTRES_CPU_CAPABILITY": "sse9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_python("import fastres._C as c; c.cpu_capability()", FASTRES_CPU_CAPABILITY="sse9")
     assert run.returncode != 0
     assert "must be baseline, avx2, avx512 or amx, got 'sse9'" in run.stderr

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from running import in_threads, run_python
 
 from fastres import _C, ops
 
@@ -70,26 +68,15 @@ for size in range(64, 512, 16):
     if size == 256: before = peak()
 assert peak() - before < 300 << 20, (before, peak())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = run_python(script)
     assert run.returncode == 0, run.stderr
 
 
 def test_results_of_many_threads() -> None:
-    failures: list[float] = []
+    def right(i: int) -> bool:
+        return all(bool((large(i + 1.0) == 2 * (i + 1.0)).all()) for _ in range(20))
 
-    def work(value: float) -> None:
-        for _ in range(20):
-            if not (large(value) == 2 * value).all():
-                failures.append(value)
-
-    threads = [threading.Thread(target=work, args=(float(i + 1),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert not in_threads(4, right)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -107,9 +94,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert bool((y == 2).all())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = run_python(script)
     assert run.returncode == 0, run.stderr
 
 
@@ -120,12 +105,6 @@ from fastres import ops
 x = torch.ones(4, 64, 64, 64)
 ops.add_relu(x, x)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"FASTRES_CPU_KEEP_MB": "lots"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_python(script, FASTRES_CPU_KEEP_MB="lots")
     assert run.returncode == 1
     assert "FASTRES_CPU_KEEP_MB must be a number of megabytes, got 'lots'" in run.stderr

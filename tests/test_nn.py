@@ -2,10 +2,10 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
+from running import in_threads
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -461,22 +461,17 @@ def test_threads_share_a_model():
     with torch.no_grad():
         expected = [fused(value) for value in inputs]
     fused.eval()
-    wrong = []
 
-    def infer(i):
+    def right(i):
         with torch.no_grad():
             for _ in range(50):
                 if not torch.equal(fused(inputs[i]), expected[i]):
-                    wrong.append(i)
+                    return False
                 if i == 0:
                     fused.eval()  # drops what the others may be using
+        return True
 
-    threads = [threading.Thread(target=infer, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not in_threads(4, right)
 
 
 # ---- precision

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from running import in_threads, run_python
 from torch import Tensor
 
 import fastres
@@ -118,25 +116,15 @@ def test_a_training_step_of_a_model() -> None:
 def test_eight_threads_share_a_model() -> None:
     model = small_model().eval()
     inputs = [torch.randn(1 + i % 3, 3, 32, 32) for i in range(8)]
-    wrong: list[int] = []
-    start = threading.Barrier(8)
 
-    def infer(i: int) -> None:
-        start.wait()
+    def right(i: int) -> bool:
         with torch.inference_mode():
-            for _ in range(5):
-                if not model(inputs[i]).equal(expected[i]):
-                    wrong.append(i)
+            return all(model(inputs[i]).equal(expected[i]) for _ in range(5))
 
     with torch.inference_mode():
         expected = [model(x) for x in inputs]
     model.eval()  # the threads pack the weights once more, all at once
-    threads = [threading.Thread(target=infer, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not in_threads(8, right)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -168,7 +156,5 @@ loader = torch.utils.data.DataLoader(
 for _ in range(2):
     torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-4, atol=1e-4)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
-    )
+    run = run_python(script)
     assert run.returncode == 0, run.stderr
