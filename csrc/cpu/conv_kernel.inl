@@ -336,6 +336,44 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
   }
 }
 
+// Four numbers of four rows, `stride` apart, into four rows of `to_stride`, transposed.
+FASTRES_INLINE void conv_transpose(const float* from, int64_t stride, float* to,
+                                   int64_t to_stride) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad r[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * stride, sizeof(Quad));
+  const Quad a = {r[0][0], r[1][0], r[0][1], r[1][1]}, b = {r[2][0], r[3][0], r[2][1], r[3][1]};
+  const Quad c = {r[0][2], r[1][2], r[0][3], r[1][3]}, d = {r[2][2], r[3][2], r[2][3], r[3][3]};
+  const Quad out[4] = {{a[0], a[1], b[0], b[1]},
+                       {a[2], a[3], b[2], b[3]},
+                       {c[0], c[1], d[0], d[1]},
+                       {c[2], c[3], d[2], d[3]}};
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &out[i], sizeof(Quad));
+}
+
+// One tap's weights of a panel, from `source`, for input channels [i0, i1).
+inline void conv_pack_tap(const ConvWeight& w, const float* source, int64_t i0, int64_t i1,
+                          int count, float* to) {
+  int64_t i = i0;
+  if (count == kConvPanel && w.stride_o == 1) {
+    for (; i < i1; ++i) {
+      __builtin_memcpy(to + i * kConvPanel, source + i * w.stride_i, kConvPanel * sizeof(float));
+    }
+  } else if (count == kConvPanel && w.stride_i == 1) {
+    for (; i + 4 <= i1; i += 4) {
+      for (int o = 0; o < kConvPanel; o += 4) {
+        conv_transpose(source + i + o * w.stride_o, w.stride_o, to + i * kConvPanel + o,
+                       kConvPanel);
+      }
+    }
+  }
+  for (; i < i1; ++i) {
+    for (int o = 0; o < kConvPanel; ++o) {
+      to[i * kConvPanel + o] = o < count ? source[i * w.stride_i + o * w.stride_o] : 0.0f;
+    }
+  }
+}
+
 inline void conv_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   constexpr int64_t kBlock = 16;  // input channels whose rows stay in L1 over the kernel's taps
   const int64_t taps = w.kh * w.kw;
@@ -344,14 +382,10 @@ inline void conv_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_
     const float* in = w.data + panel * kConvPanel * w.stride_o;
     const int count = static_cast<int>(min<int64_t>(kConvPanel, w.co - panel * kConvPanel));
     for (int64_t i0 = 0; i0 < w.ci; i0 += kBlock) {
-      const int64_t i1 = min(i0 + kBlock, w.ci);
       for (int64_t tap = 0; tap < taps; ++tap) {
         const float* source = in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w;
-        for (int64_t i = i0; i < i1; ++i) {
-          float* to = out + (tap * w.ci + i) * kConvPanel;
-          for (int o = 0; o < count; ++o) to[o] = source[i * w.stride_i + o * w.stride_o];
-          for (int o = count; o < kConvPanel; ++o) to[o] = 0.0f;
-        }
+        conv_pack_tap(w, source, i0, min(i0 + kBlock, w.ci), count,
+                      out + tap * w.ci * kConvPanel);
       }
     }
   }
