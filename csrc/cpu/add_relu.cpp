@@ -1,10 +1,19 @@
+#include <algorithm>
+
 #include "ops.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;
+// Calls on_elements(begin, end) for blocks of a dense tensor's elements, which begin with a vector.
+template <typename F>
+void for_blocks(int64_t numel, const F& on_elements) {
+  constexpr int64_t block = 16384;
+  torch::stable::parallel_for(0, (numel + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    on_elements(begin * block, std::min(end * block, numel));
+  });
+}
 
 }  // namespace
 
@@ -19,8 +28,9 @@ Tensor add_relu(const Tensor& input, const Tensor& residual) {
   const void* a_data = a.const_data_ptr();
   const void* b_data = b.const_data_ptr();
   void* y_data = y.mutable_data_ptr();
-  torch::stable::parallel_for(0, y.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
-    kernel(a_data, b_data, y_data, begin, end);
+  const bool stream = streams(y);
+  for_blocks(y.numel(), [&](int64_t begin, int64_t end) {
+    kernel(a_data, b_data, y_data, stream, begin, end);
   });
   return y;
 }
@@ -36,8 +46,9 @@ Tensor add_relu_backward(const Tensor& dy, const Tensor& y) {
   const void* g_data = g.const_data_ptr();
   const void* out_data = out.const_data_ptr();
   void* dinput_data = dinput.mutable_data_ptr();
-  torch::stable::parallel_for(0, dinput.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
-    kernel(g_data, out_data, dinput_data, begin, end);
+  const bool stream = streams(dinput);
+  for_blocks(dinput.numel(), [&](int64_t begin, int64_t end) {
+    kernel(g_data, out_data, dinput_data, stream, begin, end);
   });
   return dinput;
 }

@@ -80,6 +80,7 @@ Tensor bn_add_relu(const Tensor& z, const Tensor& mean, const Tensor& var,
       .residual_mean = tiled_residual_mean.data(),
       .residual_scale = tiled_residual_scale.data(),
       .period = rows.period,
+      .stream = streams(y),
   };
   const auto kernel =
       kernels().bn_add_relu[static_cast<int>(dtype)][static_cast<int>(shortcut)][relu];
@@ -121,6 +122,7 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
       shortcut == Residual::none ? empty_vector(0, type) : empty_channels_last(z.sizes(), type);
   BnAddReluBackwardArgs args{};
   args.period = rows.period;
+  args.stream = streams(dz);
   args.dy = dy_rows.const_data_ptr();
   args.y = y_rows.const_data_ptr();
   args.z = z_rows.const_data_ptr();

@@ -30,13 +30,15 @@ void bn_add_relu(const BnAddReluArgs& args, int64_t begin, int64_t end) {
 
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
-      store(y + i, result(i, [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); }));
+      store(y + i, result(i, [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); }),
+            args.stream);
     }
     if (const int rest = static_cast<int>(n - i); rest > 0) {
       auto part = [rest](const auto* p) FASTRES_LAMBDA_INLINE { return load_partial(p, rest); };
       store_partial(y + i, result(i, part), rest);
     }
   }
+  end_stream(args.stream);
 }
 
 // Adds the float (for double: double) sums of a few rows to the double sums and clears them.
@@ -65,7 +67,7 @@ FASTRES_INLINE void bn_add_relu_backward_rows(const BnAddReluBackwardArgs& args,
   A* sum_gz = sum_g + period;
   A* sum_gr = sum_gz + period;
 
-  auto step = [&](int64_t i, auto load_at, auto store_at) FASTRES_LAMBDA_INLINE {
+  auto step = [&](int64_t i, auto load_at, auto store_at, auto put_at) FASTRES_LAMBDA_INLINE {
     const V m = load_at(mean + i);
     const V s = load_at(scale + i);
     V g_sum = {}, gz_sum = {}, gr_sum = {};
@@ -82,12 +84,12 @@ FASTRES_INLINE void bn_add_relu_backward_rows(const BnAddReluBackwardArgs& args,
       }
       g_sum += g;
       gz_sum += g * centered;
-      store_at(static_cast<T*>(args.dz) + at, g * s);
-      if constexpr (R == Residual::plain) store_at(static_cast<T*>(args.dresidual) + at, g);
+      put_at(static_cast<T*>(args.dz) + at, g * s);
+      if constexpr (R == Residual::plain) put_at(static_cast<T*>(args.dresidual) + at, g);
       if constexpr (R == Residual::bn) {
         const V residual = load_at(static_cast<const T*>(args.residual) + at);
         gr_sum += g * (residual - load_at(residual_mean + i));
-        store_at(static_cast<T*>(args.dresidual) + at, g * load_at(residual_scale + i));
+        put_at(static_cast<T*>(args.dresidual) + at, g * load_at(residual_scale + i));
       }
     }
     store_at(sum_g + i, load_at(sum_g + i) + g_sum);
@@ -95,16 +97,20 @@ FASTRES_INLINE void bn_add_relu_backward_rows(const BnAddReluBackwardArgs& args,
     if constexpr (R == Residual::bn) store_at(sum_gr + i, load_at(sum_gr + i) + gr_sum);
   };
 
+  const bool stream = kVecIsLine && args.stream;
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     step(
         i, [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); },
-        [](auto* p, V v) FASTRES_LAMBDA_INLINE { store(p, v); });
+        [](auto* p, V v) FASTRES_LAMBDA_INLINE { store(p, v); },
+        [stream](auto* p, V v) FASTRES_LAMBDA_INLINE { store(p, v, stream); });
   }
   if (const int rest = static_cast<int>(n - i); rest > 0) {
+    const auto store_rest = [rest](auto* p, V v)
+                                FASTRES_LAMBDA_INLINE { store_partial(p, v, rest); };
     step(
         i, [rest](const auto* p) FASTRES_LAMBDA_INLINE { return load_partial(p, rest); },
-        [rest](auto* p, V v) FASTRES_LAMBDA_INLINE { store_partial(p, v, rest); });
+        store_rest, store_rest);
   }
 }
 
@@ -131,6 +137,7 @@ void bn_add_relu_backward(const BnAddReluBackwardArgs& args, int64_t begin, int6
     }
     flush_sums(workspace, args.sums, sums * period);
   }
+  end_stream(args.stream);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -337,6 +337,7 @@ void apply_bn(const Tensor& z, const OptionalTensor& residual, const Tensor& y, 
   args.z = z.const_data_ptr();
   args.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
+  args.stream = y.const_data_ptr() != z.const_data_ptr() && streams(y);
   args.mean = tiled_mean.data();
   args.scale = tiled_scale.data();
   args.bias = tiled_shift.data();
@@ -513,6 +514,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   Tensor y = empty_channels_last(output, type);
   PackedConv conv(input, weight, packed, s, algorithm);
   conv.args.output = y.mutable_data_ptr();
+  conv.args.stream = streams(y);
   conv.args.scale = scale_floats.floats();
   conv.args.shift = shift_floats.floats();
   conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
@@ -578,6 +580,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
       conv.args.in_bias = bias_floats.floats();
     }
     conv.args.output = z.mutable_data_ptr();
+    conv.args.stream = streams(z);
     sums = conv.run(s, dtype, true);
   }
   const int64_t plane = static_cast<int64_t>(sums.size()) / kConvSums;

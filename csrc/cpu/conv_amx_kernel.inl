@@ -284,7 +284,7 @@ FASTRES_INLINE void amx_write_backward(const AmxConvArgs& args, const float* til
     sum += g;
     products += g * centered;
     if (whole) {
-      store(output + offsets[m], g * scale);
+      store(output + offsets[m], g * scale, args.conv.stream);
     } else {
       store_partial(output + offsets[m], g * scale, count);
     }
@@ -388,6 +388,7 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
       }
     }
   }
+  end_stream(args.stream);
   _tile_release();
   return all_zero(bad);
 }

@@ -110,6 +110,7 @@ class OutputGradient {
     if (rows_.numel == 0) return dzt;
     BnStatsBackwardArgs args = this->args();
     args.dzt = dzt.mutable_data_ptr();
+    args.stream = streams(dzt);
     const auto kernel = kernels().bn_stats_backward[static_cast<int>(rows_.dtype)];
     rows_.parallel_for([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return dzt;
@@ -144,6 +145,7 @@ struct Prologue {
     BnAddReluArgs args{};
     args.z = input.const_data_ptr();
     args.y = a.mutable_data_ptr();
+    args.stream = streams(a);
     args.mean = mean.data();
     args.scale = scale.data();
     args.bias = bias.data();
@@ -362,6 +364,7 @@ OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, 
   args.input_stride_n = t.ih * t.iw * t.ci;
   args.weight = packed.floats();
   args.output = dinput.mutable_data_ptr();
+  args.stream = streams(dinput);
   if (!run_winograd(args, t, dtype, tile, false).has_value()) return std::nullopt;
   return dinput;
 }
@@ -480,6 +483,7 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
   args.conv.in_bias = constant.floats();
   args.z = static_cast<const float*>(stats.z);
   args.conv.output = dinput.mutable_data_ptr();
+  args.conv.stream = streams(dinput);
   args.output_stride_w = s.ci;
   args.output_stride_h = s.iw * s.ci;
   args.output_stride_n = s.ih * s.iw * s.ci;

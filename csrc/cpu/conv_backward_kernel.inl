@@ -23,13 +23,15 @@ void bn_stats_backward(const BnStatsBackwardArgs& args, int64_t begin, int64_t e
     };
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
-      store(dzt + i, result(i, [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); }));
+      store(dzt + i, result(i, [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); }),
+            args.stream);
     }
     if (const int rest = static_cast<int>(n - i); rest > 0) {
       auto part = [rest](const auto* p) FASTRES_LAMBDA_INLINE { return load_partial(p, rest); };
       store_partial(dzt + i, result(i, part), rest);
     }
   }
+  end_stream(args.stream);
 }
 
 // One pixel's n channels, after the prologue if there is one.

@@ -25,6 +25,7 @@ struct ConvArgs {
   int64_t kh, kw, stride_h, stride_w, pad_h, pad_w;
 
   void* output;  // dense (n, oh, ow, co)
+  bool stream;   // whether it is written past the caches
   int64_t oh, ow, co;
   // Epilogue relu(scale * accumulator + shift + residual): scale and shift are null or padded to
   // whole panels; the residual is null or dense as the output.

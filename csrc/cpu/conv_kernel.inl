@@ -119,7 +119,7 @@ void conv_store(const ConvArgs& args, const float* tile, int rows, const int64_t
       if (kAffine) y = y * scale[v] + shift[v];
       if (kResidual) y += load(residual + offsets[m] + v * kFloatLanes);
       if (kRelu) y = relu(y);
-      store(output + offsets[m] + v * kFloatLanes, y);
+      store(output + offsets[m] + v * kFloatLanes, y, args.stream);
     }
   }
 }
@@ -334,6 +334,7 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
       first += rows;
     }
   }
+  end_stream(args.stream);
 }
 
 // Four numbers of four rows, `stride` apart, into four rows of `to_stride`, transposed.
@@ -384,8 +385,7 @@ inline void conv_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_
     for (int64_t i0 = 0; i0 < w.ci; i0 += kBlock) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         const float* source = in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w;
-        conv_pack_tap(w, source, i0, min(i0 + kBlock, w.ci), count,
-                      out + tap * w.ci * kConvPanel);
+        conv_pack_tap(w, source, i0, min(i0 + kBlock, w.ci), count, out + tap * w.ci * kConvPanel);
       }
     }
   }

@@ -42,6 +42,7 @@ struct BnAddReluArgs {
   const void* residual_mean;
   const void* residual_scale;
   int64_t period;
+  bool stream;  // whether y is written past the caches
 };
 
 // What is zero where: nothing, dy where y <= 0, or dy where (z - mean) * scale + bias <= 0.
@@ -60,6 +61,7 @@ struct BnAddReluBackwardArgs {
   const void* residual_mean;
   const void* residual_scale;
   int64_t period;
+  bool stream;  // whether dz and dresidual are written past the caches
   // Sums over the rows, (3, period): of g, of g * (z - mean), of g * (residual - residual_mean).
   double* sums;
   void* workspace;  // (3, period) of the computing type
@@ -73,6 +75,7 @@ struct BnStatsBackwardArgs {
   const void* constant;  // dmean / n
   const void* slope;     // 2 * dvar / n
   int64_t period;
+  bool stream;  // whether dzt is written past the caches
 };
 
 // (n, ih, iw, ci) -> (n, oh, ow, co), not grouped.
@@ -98,10 +101,10 @@ using ConvScatterAddFn = void (*)(const ConvGeometry&, int64_t begin, int64_t en
                                   const float* columns, float* input);
 
 // Elements [begin, end) of dense images; begin is a multiple of the period.
-using AddReluFn = void (*)(const void* input, const void* residual, void* y, int64_t begin,
-                           int64_t end);
-using AddReluBackwardFn = void (*)(const void* dy, const void* y, void* dinput, int64_t begin,
-                                   int64_t end);
+using AddReluFn = void (*)(const void* input, const void* residual, void* y, bool stream,
+                           int64_t begin, int64_t end);
+using AddReluBackwardFn = void (*)(const void* dy, const void* y, void* dinput, bool stream,
+                                   int64_t begin, int64_t end);
 using BnAddReluFn = void (*)(const BnAddReluArgs&, int64_t begin, int64_t end);
 using BnAddReluBackwardFn = void (*)(const BnAddReluBackwardArgs&, int64_t begin, int64_t end);
 using BnStatsBackwardFn = void (*)(const BnStatsBackwardArgs&, int64_t begin, int64_t end);

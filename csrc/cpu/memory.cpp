@@ -24,7 +24,8 @@ torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* s
 namespace fastres::cpu {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
+constexpr int64_t kLine = 64;
+constexpr std::align_val_t kAlignment{kLine};
 // Below, malloc itself keeps what is freed.
 constexpr int64_t kLargeBytes = 1 << 16;
 
@@ -135,6 +136,9 @@ Pool& pool() {
   return *instance;
 }
 
+// Whether tensors can own memory of the pool.
+bool gives_memory_away() { return torch_from_blob != nullptr && pool().limit() > 0; }
+
 }  // namespace
 
 size_t kept_memory_limit() { return pool().limit(); }
@@ -164,7 +168,7 @@ Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes, Scala
   const int64_t bytes = numel * (type == ScalarType::Double  ? 8
                                  : type == ScalarType::Float ? 4
                                                              : 2);
-  if (bytes < kLargeBytes || torch_from_blob == nullptr || kept_memory_limit() == 0) {
+  if (bytes < kLargeBytes || !gives_memory_away()) {
     return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
                                 MemoryFormat::ChannelsLast);
   }
@@ -181,6 +185,14 @@ Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes, Scala
                       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
                       nullptr, 0, give_back, reinterpret_cast<void*>(block.bytes)));
   return Tensor(handle);
+}
+
+bool streams(const Tensor& output) {
+  // A smaller one may still be in a second level cache when it is read.
+  constexpr int64_t fewest_bytes = 2 << 20, channels = kLine / sizeof(float);
+  return output.scalar_type() == ScalarType::Float && output.size(1) % channels == 0 &&
+         output.numel() * static_cast<int64_t>(sizeof(float)) >= fewest_bytes &&
+         gives_memory_away();
 }
 
 }  // namespace fastres::cpu

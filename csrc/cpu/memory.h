@@ -45,4 +45,8 @@ inline Scratch scratch_floats(int64_t count) {
 torch::stable::Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                           torch::headeronly::ScalarType type);
 
+// Whether kernels should write this result past the caches: a large one of float32, whose channels
+// fill cache lines, in kept memory. (Fresh pages take such writes 1.6 times more slowly.)
+bool streams(const torch::stable::Tensor& output);
+
 }  // namespace fastres::cpu

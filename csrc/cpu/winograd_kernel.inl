@@ -255,7 +255,7 @@ Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t 
       if (kAffine) v = v * scale + shift;
       if (kResidual) v += load(residual + pixel);
       if (kRelu) v = relu(v);
-      store(out + pixel, v);
+      store(out + pixel, v, kVecIsLine && args.stream);
     };
     if (place.height == O && place.width == O) {
 #pragma GCC unroll 16
@@ -311,6 +311,7 @@ bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
           finish(args, block, panel * kConvPanel + c, scratch.products + c, product_stride, sums);
     }
   }
+  end_stream(args.stream);
   return all_zero(bad);
 }
 
