@@ -10,6 +10,7 @@ import torch
 from running import in_threads, run_python
 
 from fastres import _C, ops
+from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
 
 LARGE = (4, 64, 64, 64)  # 4 MB
 gives_memory_away = pytest.mark.skipif(
@@ -77,6 +78,46 @@ def test_results_of_many_threads() -> None:
         return all(bool((large(i + 1.0) == 2 * (i + 1.0)).all()) for _ in range(20))
 
     assert not in_threads(4, right)
+
+
+def network(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What blocks with and without a shortcut's convolution give, in eval and train mode, with
+    results of more than 2 MB and of sizes that no tile divides."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        FusedBottleneck(32, 16, downsample=shortcut(32, 64)),
+        FusedBasicBlock(64, 64),
+        FusedBasicBlock(64, 128, stride=2, downsample=shortcut(64, 128, stride=2)),
+    ).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 32, 97, 75).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        results = [model.eval()(x)]
+    results.append(model.train()(x.requires_grad_()))
+    results[-1].square().mean().backward()
+    results += [ops.add_relu(x, x).detach()]
+    assert x.grad is not None
+    return results + [x.grad] + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def shortcut(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False), torch.nn.BatchNorm2d(outputs)
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["amx", "winograd4", "packed"])
+def test_streamed_results(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large results go past the caches in kept memory, and only there: with the same bits."""
+    if algorithm == "amx" and _C.cpu_capability() != "amx":
+        pytest.skip("needs AMX")
+    _C.set_kept_memory_limit(1 << 30)
+    streamed = network(algorithm, monkeypatch)
+    _C.set_kept_memory_limit(0)
+    plain = network(algorithm, monkeypatch)
+    assert len(streamed) > 20
+    for a, b in zip(streamed, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
