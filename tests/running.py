@@ -1,4 +1,4 @@
-"""Code that tests run in threads and in Python processes of its own."""
+"""Code that tests run in threads and in Python processes of their own."""
 
 from __future__ import annotations
 

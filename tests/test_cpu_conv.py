@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms import AMX
 from torch import Tensor
 
 import fastres  # noqa: F401 (registers the ops)
@@ -25,10 +26,6 @@ SMALL_RESNET_CONVS = tuple(
 )
 # Set where this module runs once more, in a process of its own, on a lower instruction set.
 CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
-
-AMX = pytest.param(
-    "amx", marks=pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
-)
 
 
 @pytest.fixture(params=["winograd4", "winograd2", AMX, "packed", "aten"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from algorithms import AMX
 from torch import Tensor
 
 from cases import ODD_CONVS, RESNET_CONVS, Conv
@@ -243,11 +244,6 @@ def test_nan_and_infinity_go_where_they_go_in_torch(where: str, value: float) ->
             actual.isfinite(), theirs.isfinite(), msg=lambda m: f"{where}: {m}"
         )
         torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
-
-
-AMX = pytest.param(
-    "amx", marks=pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
-)
 
 
 @pytest.mark.parametrize("algorithm", ["winograd4", "winograd2", AMX, "packed", "aten"])
