@@ -78,7 +78,7 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   constexpr double pack_cost = 8.0;  // of a weight, in multiply-adds
   const double weights = 9.0 * s.ci * s.co;
   // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
-  const double speed = amx ? 3.1 : 1.0;
+  const double speed = amx ? 2.9 : 1.0;
   const double direct =
       weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : kColdReadCost));
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);

@@ -128,6 +128,7 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
 // What the sums of a tile run over.
 struct AmxDepth {
   int64_t kh, kw, ci, stride_h, stride_w, steps, pitch, images, plane;
+  int64_t panel, panel_parts;  // floats from a panel's weights, and their parts, to the next
 };
 
 // Splits pairs of input channels [pair0, pair1) of a step of a panel: `in` holds `depth` input
@@ -143,12 +144,29 @@ FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0,
   }
 }
 
-// Sums of R tiles of pixels by C of channels, into `out`, 32 floats a pixel. `parts` are the
+// The residual's lines at some pixels, asked for while the pixels before are multiplied: they come
+// from memory, in an order that the hardware's prefetcher does not see through.
+struct AmxAhead {
+  const char* residual;  // null: none
+  int64_t bytes;         // of a number
+  const int64_t *offset, *end;
+  int64_t pixels;  // of a step
+
+  FASTRES_INLINE void step() {
+    for (int64_t i = 0; i < pixels && offset != end; ++i, ++offset) {
+      const char* line = residual + *offset * bytes;
+      __builtin_prefetch(line, 0, 2);
+      if (kConvColumns * bytes > 64) __builtin_prefetch(line + 64, 0, 2);
+    }
+  }
+};
+
+// Sums of R tiles of pixels by C of channels, into `out`, `row` floats a pixel. `parts` are the
 // weights' parts; kSplit makes them from `weight` on the way, a step ahead of their use.
 template <int R, int C, bool kSplit>
 __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          const int64_t* starts, const float* weight, float* parts,
-                                         float* out) {
+                                         float* out, int64_t row, AmxAhead ahead) {
   constexpr int64_t line = kAmxDepth / 2;
   constexpr int kStride = 64;      // bytes of a tile's row
   constexpr int64_t kAhead = 256;  // floats of weights, asked for before they are split
@@ -157,26 +175,24 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   if (R > 1) _tile_zero(2);
   if (R > 1 && C > 1) _tile_zero(3);
   const int64_t taps = d.kh * d.kw;
-  const int64_t panel_floats = amx_panel_floats(taps, d.ci),
-                source_floats = taps * d.ci * kConvPanel;
   // Of the step that is split next: where its weights are, and how many channels its tap has left.
   const float* source = weight;
-  const float* const source_end = weight + source_floats;
+  const float* const source_end = weight + taps * d.ci * kConvPanel;
   int64_t left = d.ci;
   float* target = parts;
   const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
     if (!kSplit || source == source_end) return;
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
-      const float* in = source + c * source_floats;
+      const float* in = source + c * d.panel;
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         __builtin_prefetch(in + kAhead * 4 + (8 * quarter + i) * kConvPanel, 0, 3);
       }
       if (left >= kAmxDepth) {
-        amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4, target + c * panel_floats);
+        amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4, target + c * d.panel_parts);
       } else {
-        amx_split_weights(in, left, 4 * quarter, 4 * quarter + 4, target + c * panel_floats);
+        amx_split_weights(in, left, 4 * quarter, 4 * quarter + 4, target + c * d.panel_parts);
       }
     }
     if (quarter < 3) return;
@@ -201,7 +217,7 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
         };
         const auto channels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
           _tile_loadd(6, w + part * kAmxTile, kStride);
-          if (C > 1) _tile_loadd(7, w + panel_floats + part * kAmxTile, kStride);
+          if (C > 1) _tile_loadd(7, w + d.panel_parts + part * kAmxTile, kStride);
         };
         const auto multiply = [&]() FASTRES_LAMBDA_INLINE {
           _tile_dpbf16ps(0, 4, 6);
@@ -209,6 +225,7 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
           if (R > 1) _tile_dpbf16ps(2, 5, 6);
           if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
         };
+        ahead.step();
         // The smallest products first; one operand changes from one to the next.
         pixels(2), channels(0), multiply(), split(0);
         pixels(1), multiply(), split(1);
@@ -222,11 +239,10 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
       }
     }
   }
-  constexpr int kRow = 2 * kAmxRows;
-  _tile_stored(0, out, kRow * 4);
-  if (C > 1) _tile_stored(1, out + kAmxRows, kRow * 4);
-  if (R > 1) _tile_stored(2, out + kAmxRows * kRow, kRow * 4);
-  if (R > 1 && C > 1) _tile_stored(3, out + kAmxRows * kRow + kAmxRows, kRow * 4);
+  _tile_stored(0, out, row * 4);
+  if (C > 1) _tile_stored(1, out + kAmxRows, row * 4);
+  if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
+  if (R > 1 && C > 1) _tile_stored(3, out + kAmxRows * row + kAmxRows, row * 4);
 }
 
 template <int R, int C>
@@ -348,8 +364,17 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   fill(all, block, window, scratch.window);
   const int64_t tiles = amx_place_tiles(all, block, window, scratch);
   const int64_t taps = args.kh * args.kw;
-  const AmxDepth depth = {args.kh,      args.kw,        args.ci,       args.stride_h, args.stride_w,
-                          window.steps, window.pitch(), window.images, window.plane()};
+  const AmxDepth depth = {args.kh,
+                          args.kw,
+                          args.ci,
+                          args.stride_h,
+                          args.stride_w,
+                          window.steps,
+                          window.pitch(),
+                          window.images,
+                          window.plane(),
+                          taps * args.ci * kConvPanel,
+                          amx_panel_floats(taps, args.ci)};
   const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
   static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
@@ -370,10 +395,20 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
         const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
         const bool wide = channels > kAmxRows;
         const bool split = t == 0;
+        AmxAhead ahead{};
+        if (args.residual != nullptr) {
+          ahead.residual = static_cast<const char*>(args.residual) + c * sizeof(T);
+          ahead.bytes = sizeof(T);
+          ahead.offset = offsets + pixels;
+          ahead.end = min(ahead.offset + 2 * kAmxRows,
+                          static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
+          ahead.pixels = 2 * kAmxRows / (taps * window.steps) + 1;
+        }
         const auto compute = both ? (wide ? amx_tiles_of<2, 2>(split) : amx_tiles_of<2, 1>(split))
                                   : (wide ? amx_tiles_of<1, 2>(split) : amx_tiles_of<1, 1>(split));
         compute(depth, scratch.window, scratch.starts + t, args.weight + c * taps * args.ci,
-                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci), out);
+                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci), out,
+                kConvColumns, ahead);
         for (int m = 0; m < pixels;) {
           if (offsets[m] < 0) {
             ++m;

@@ -132,6 +132,8 @@ struct KernelTable {
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
   AmxGradientFn amx_gradient;     // none without a matrix unit
   AmxGradientEndFn amx_gradient_end;
+  WinogradBlockFn winograd_amx_block[2][kDTypes];  // as winograd_block; none without a matrix unit
+  WinogradSplitFn winograd_amx_split[2];
 };
 
 namespace baseline {

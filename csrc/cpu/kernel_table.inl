@@ -14,6 +14,7 @@
 #include "conv_amx_kernel.inl"
 // After conv_amx_kernel.inl, on which it builds.
 #include "amx_gradient_kernel.inl"
+#include "winograd_amx_kernel.inl"
 #endif
 
 namespace fastres::cpu::FASTRES_ISA {
@@ -55,9 +56,16 @@ constexpr KernelTable make_table() {
   t.conv_block[static_cast<int>(DType::float16)] = conv_block<float16>;
   t.conv_pack = conv_pack;
   auto set_winograd = [&]<int O>(int index) {
-    t.winograd_block[index][static_cast<int>(DType::float32)] = winograd_block<float, O>;
-    t.winograd_block[index][static_cast<int>(DType::bfloat16)] = winograd_block<bfloat16, O>;
-    t.winograd_block[index][static_cast<int>(DType::float16)] = winograd_block<float16, O>;
+    auto set_blocks = [&]<typename Form>(WinogradBlockFn* blocks) {
+      blocks[static_cast<int>(DType::float32)] = winograd_block<float, O, Form>;
+      blocks[static_cast<int>(DType::bfloat16)] = winograd_block<bfloat16, O, Form>;
+      blocks[static_cast<int>(DType::float16)] = winograd_block<float16, O, Form>;
+    };
+    set_blocks.template operator()<WinogradFloats<O>>(t.winograd_block[index]);
+#if defined(__AMX_BF16__)
+    set_blocks.template operator()<WinogradParts<O>>(t.winograd_amx_block[index]);
+    t.winograd_amx_split[index] = winograd_split<O>;
+#endif
     t.winograd_pack[index] = winograd_pack<O>;
   };
   t.winograd_gradient[static_cast<int>(DType::float32)] = winograd_gradient<float>;

@@ -21,6 +21,10 @@ std::atomic<bool> allowed{true};
 // What packing a number of the kernels costs in multiply-adds.
 constexpr double kPackCost = 15.0;
 
+// How many of its products the matrix unit makes in the time of a multiply-add, and how much longer
+// the transforms take that also split the patches.
+constexpr double kAmxSpeed = 2.0, kAmxTransform = 1.5;
+
 int kernel_index(int tile) { return tile == 4 ? 0 : 1; }
 
 int64_t tile_count(const ConvShape& s, int tile) {
@@ -30,6 +34,22 @@ int64_t tile_count(const ConvShape& s, int tile) {
 // The transforms of one tile.
 double transform_cost(const ConvShape& s, int tile) {
   return tile == 4 ? 400.0 * s.ci + 300.0 * s.co : 150.0 * s.ci + 120.0 * s.co;
+}
+
+int64_t position_count(int tile) { return (tile + 2) * (tile + 2); }
+
+// Length of the kernels' bfloat16 parts.
+int64_t parts_floats(const ConvShape& s, int tile) {
+  return position_count(tile) * s.panels() * amx_panel_floats(1, s.ci);
+}
+
+// Whether the products are the matrix unit's. The parts of all the kernels must fit into a second
+// level cache of 2 MB beside a block's patches and products (from beyond it they come too slowly),
+// and there must be enough tiles to repay the splitting.
+bool on_amx(const ConvShape& s, int tile) {
+  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 256;
+  return kernels().winograd_amx_block[0][0] != nullptr && parts_floats(s, tile) <= most_floats &&
+         tile_count(s, tile) >= fewest_tiles;
 }
 
 int64_t cache_bytes() {
@@ -45,16 +65,24 @@ struct Plan {
   int64_t tile_blocks, channel_groups;
 };
 
+// The most tiles of a block, whose patches and products stay in the second level cache.
+int64_t most_tiles(const ConvShape& s, int tile, const KernelTable& table) {
+  if (on_amx(s, tile)) return 2 * kAmxRows;
+  // Beside a position's kernels; but with many channels a block is still tall enough to repay
+  // reading the kernels.
+  const int64_t tile_bytes =
+      4 * position_count(tile) * (winograd_row(s.ci) + winograd_row(kWinogradPanels * kConvPanel));
+  const int64_t rows = table.conv_rows;
+  return std::clamp<int64_t>(cache_bytes() / tile_bytes / rows * rows, 48, 384);
+}
+
 Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t threads) {
-  const int64_t positions = (tile + 2) * (tile + 2);
   const int64_t tiles = tile_count(s, tile);
   const int64_t column_groups = ceil_div(s.co, table.conv_columns);
-  // Patches and products of a block stay in the second level cache beside a position's kernels,
-  // but with many channels a block is still tall enough to repay reading the kernels.
-  const int64_t tile_bytes =
-      4 * positions * (winograd_row(s.ci) + winograd_row(kWinogradPanels * kConvPanel));
-  const int64_t rows = table.conv_rows;
-  const int64_t most = std::clamp<int64_t>(cache_bytes() / tile_bytes / rows * rows, 48, 384);
+  const int64_t most = most_tiles(s, tile, table);
+  const bool amx = on_amx(s, tile);
+  const int64_t rows = amx ? kAmxRows : table.conv_rows;
+  const double speed = amx ? kAmxSpeed : 1.0;
   Plan best{1, 1};
   double best_cost = std::numeric_limits<double>::infinity();
   for (int64_t groups = 1; groups <= std::min(threads, column_groups); ++groups) {
@@ -64,8 +92,9 @@ Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t t
     const double columns =
         static_cast<double>(ceil_div(column_groups, groups) * table.conv_columns);
     const double padded = static_cast<double>(ceil_div(chunk_tiles, rows) * rows);
-    const double cost = positions * s.ci * columns * (padded + kReadCost * blocks) +
-                        transform_cost(s, tile) * chunk_tiles;
+    const double cost =
+        position_count(tile) * s.ci * columns * (padded / speed + kReadCost * blocks) +
+        transform_cost(s, tile) * chunk_tiles;
     if (cost < best_cost) {
       best_cost = cost;
       // Threads get equal numbers of blocks of about equal size.
@@ -100,24 +129,39 @@ void winograd_pack(const ConvWeight& weight, int tile, float* packed) {
 }
 
 double winograd_cost(const ConvShape& s, int tile, bool packing) {
+  const bool amx = on_amx(s, tile);
   const double tiles = static_cast<double>(tile_count(s, tile));
-  const double weights = static_cast<double>((tile + 2) * (tile + 2)) * s.ci * s.co;
-  return weights * (tiles + (packing ? kReadCost + kPackCost : kColdReadCost)) +
-         tiles * transform_cost(s, tile);
+  const double weights = static_cast<double>(position_count(tile)) * s.ci * s.co;
+  return weights *
+             (tiles / (amx ? kAmxSpeed : 1.0) + (packing ? kReadCost + kPackCost : kColdReadCost)) +
+         tiles * transform_cost(s, tile) * (amx ? kAmxTransform : 1.0);
 }
 
 std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& s, DType dtype,
                                                 int tile, bool statistics) {
   const KernelTable& table = kernels();
   set_sizes(args, s);
+  const bool amx = on_amx(s, tile);
   const Plan plan = make_plan(s, tile, table, torch::stable::get_num_threads());
-  const int64_t tiles = tile_count(s, tile);
+  const int64_t tiles = tile_count(s, tile), positions = position_count(tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
-  const int64_t positions = (tile + 2) * (tile + 2);
-  const int64_t patches = positions * winograd_stride(block_tiles * winograd_row(s.ci));
+  const WinogradAmxPatches amx_patches(block_tiles, s.ci);
+  const int64_t rows = amx ? amx_patches.tiles() : block_tiles;
+  const int64_t patches =
+      positions * (amx ? amx_patches.stride() : winograd_stride(block_tiles * winograd_row(s.ci)));
   const int64_t products =
-      positions * winograd_stride(block_tiles * winograd_row(kWinogradPanels * kConvPanel));
-  const auto kernel = table.winograd_block[kernel_index(tile)][static_cast<int>(dtype)];
+      positions * winograd_stride(rows * winograd_row(kWinogradPanels * kConvPanel));
+  Scratch parts;
+  if (amx) {
+    parts = scratch_floats(parts_floats(s, tile));
+    const auto split = table.winograd_amx_split[kernel_index(tile)];
+    parallel_for(0, s.panels() * positions, 1, [&](int64_t begin, int64_t end) {
+      split(args.weight, s.ci, parts.floats(), begin, end);
+    });
+    args.weight = parts.floats();
+  }
+  const auto& blocks = amx ? table.winograd_amx_block : table.winograd_block;
+  const auto kernel = blocks[kernel_index(tile)][static_cast<int>(dtype)];
   const auto scratch = [&] { return scratch_floats(patches + products); };
   const auto run = [&](const Scratch& memory, int64_t group, int64_t block, double* sums) {
     const auto [panel0, panel1] =

@@ -6,6 +6,9 @@ namespace fastres::cpu::FASTRES_ISA {
 // The transform back magnifies what the sums over the channels lose, which short stretches halve.
 inline constexpr int64_t kWinogradStretch = 64;
 
+// From one tile's products to the next tile's.
+inline constexpr int64_t kWinogradProductRow = winograd_row(kWinogradPanels * kConvPanel);
+
 // The three transforms of a line; those of a square are its columns' and then its rows'.
 template <int O>
 struct Winograd;
@@ -98,45 +101,102 @@ FASTRES_INLINE unsigned winograd_inside(int64_t first, int64_t size) {
   return inside;
 }
 
-// Transforms the patch whose first pixel is at `in` for all channels into v, at every position.
-template <typename T, int O, bool kWhole, bool kPrologue>
-__attribute__((noinline)) void winograd_patch(const ConvArgs& args, const T* in, unsigned lines,
-                                              unsigned columns, float* v, int64_t stride) {
+// Transforms the patch whose first pixel is at `in`, for one vector of channels: gives the value at
+// each position to `put`.
+template <typename T, int O, bool kWhole, bool kPrologue, typename Put>
+FASTRES_INLINE void winograd_transform(const ConvArgs& args, const T* in, unsigned lines,
+                                       unsigned columns, int64_t channel, const Put& put) {
   constexpr int P = O + 2;
-  for (int64_t c = 0; c < args.ci; c += kFloatLanes) {
-    Floats mean, scale, bias;
-    if (kPrologue) {
-      mean = load(args.in_mean + c);
-      scale = load(args.in_scale + c);
-      bias = load(args.in_bias + c);
-    }
-    Floats half[P][P];  // transformed along the lines
+  Floats mean, scale, bias;
+  if (kPrologue) {
+    mean = load(args.in_mean + channel);
+    scale = load(args.in_scale + channel);
+    bias = load(args.in_bias + channel);
+  }
+  Floats half[P][P];  // transformed along the lines
 #pragma GCC unroll 6
-    for (int i = 0; i < P; ++i) {
-      const T* line = in + i * args.input_stride_h + c;
-      Floats d[P];
-#pragma GCC unroll 6
-      for (int j = 0; j < P; ++j) {
-        if (kWhole || ((lines >> i & columns >> j) & 1) != 0) {
-          d[j] = load(line + j * args.input_stride_w);
-          if (kPrologue) d[j] = relu((d[j] - mean) * scale + bias);
-        } else {
-          d[j] = Floats{};
-        }
-      }
-      Winograd<O>::input(d, half[i]);
-    }
+  for (int i = 0; i < P; ++i) {
+    const T* line = in + i * args.input_stride_h + channel;
+    Floats d[P];
 #pragma GCC unroll 6
     for (int j = 0; j < P; ++j) {
-      Floats d[P], out[P];
-#pragma GCC unroll 6
-      for (int i = 0; i < P; ++i) d[i] = half[i][j];
-      Winograd<O>::input(d, out);
-#pragma GCC unroll 6
-      for (int i = 0; i < P; ++i) store(v + (i * P + j) * stride + c, out[i]);
+      if (kWhole || ((lines >> i & columns >> j) & 1) != 0) {
+        d[j] = load(line + j * args.input_stride_w);
+        if (kPrologue) d[j] = relu((d[j] - mean) * scale + bias);
+      } else {
+        d[j] = Floats{};
+      }
     }
+    Winograd<O>::input(d, half[i]);
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) {
+    Floats d[P], out[P];
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i) d[i] = half[i][j];
+    Winograd<O>::input(d, out);
+#pragma GCC unroll 6
+    for (int i = 0; i < P; ++i) put(i * P + j, out[i]);
   }
 }
+
+// Patches and products as floats. Its members are what winograd_block() needs of a form.
+template <int O>
+struct WinogradFloats {
+  static constexpr int kPositions = (O + 2) * (O + 2);
+  int64_t row, stride;     // of patches: from a tile, a position to the next
+  int64_t product_stride;  // of products: from a position to the next
+
+  WinogradFloats(int64_t tiles, int64_t ci)
+      : row(winograd_row(ci)),
+        stride(winograd_stride(tiles * row)),
+        product_stride(winograd_stride(tiles * kWinogradProductRow)) {}
+
+  // Where a tile's patch begins.
+  int64_t place(int64_t tile) const { return tile * row; }
+
+  // A patch for all channels into v.
+  template <typename T, bool kWhole, bool kPrologue>
+  __attribute__((noinline)) static void patch(const WinogradFloats& to, const ConvArgs& args,
+                                              const T* in, unsigned lines, unsigned columns,
+                                              float* v) {
+    for (int64_t c = 0; c < args.ci; c += kFloatLanes) {
+      winograd_transform<T, O, kWhole, kPrologue>(
+          args, in, lines, columns, c, [&](int position, Floats x) FASTRES_LAMBDA_INLINE {
+            store(v + position * to.stride + c, x);
+          });
+    }
+  }
+
+  // products[position][tile][channel] for panels [panel0, panel1).
+  void multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int64_t panel1,
+                const WinogradScratch& scratch) const {
+    const int64_t panel_floats = winograd_panel_floats(O, args.ci);
+    const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
+    const int64_t channels = (panel1 - panel0) * kConvPanel;
+    const int64_t groups = (tiles + kConvRows - 1) / kConvRows;
+    for (int position = 0; position < kPositions; ++position) {
+      const float* patches = scratch.patches + position * stride;
+      const float* kernels =
+          args.weight + panel0 * panel_floats + position * winograd_stride(args.ci * kConvPanel);
+      for (int64_t c = 0; c < channels; c += kConvColumns) {
+        const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
+        const bool both = channels - c >= kConvColumns;
+        int64_t tile = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+          const int rows = static_cast<int>(tiles / groups + (group < tiles % groups ? 1 : 0));
+          const float* pointers[kConvRows];
+          for (int m = 0; m < rows; ++m) pointers[m] = patches + (tile + m) * row;
+          const ConvTileFn compute = both ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
+          compute(pointers, {1, args.ci, 0, kWinogradStretch}, kernel, vec_stride,
+                  scratch.products + position * product_stride + tile * kWinogradProductRow + c,
+                  kWinogradProductRow);
+          tile += rows;
+        }
+      }
+    }
+  }
+};
 
 // Transforms one vector of the products of a tile to its O x O pixels, one after the other.
 template <int O>
@@ -173,10 +233,10 @@ FASTRES_INLINE WinogradPlace winograd_place(const ConvArgs& args, int64_t tile) 
           .width = static_cast<int>(min<int64_t>(O, args.ow - w))};
 }
 
-// Tiles [tile0, tile1), `row` floats apart.
-template <typename T, int O>
-void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, float* patches,
-                      int64_t row, int64_t stride) {
+// The patches of tiles [tile0, tile1), in the form of `to`.
+template <typename T, int O, typename Form>
+void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, const Form& to,
+                      float* patches) {
   constexpr int P = O + 2;
   constexpr unsigned all = (1u << P) - 1;
   for (int64_t tile = tile0; tile < tile1; ++tile) {
@@ -186,46 +246,13 @@ void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, float*
     const unsigned columns = winograd_inside<P>(w, args.iw);
     const T* in = static_cast<const T*>(args.input) + place.n * args.input_stride_n +
                   h * args.input_stride_h + w * args.input_stride_w;
-    float* v = patches + (tile - tile0) * row;
     const bool whole = lines == all && columns == all;
     const auto transform =
         args.in_mean != nullptr
-            ? (whole ? winograd_patch<T, O, true, true> : winograd_patch<T, O, false, true>)
-            : (whole ? winograd_patch<T, O, true, false> : winograd_patch<T, O, false, false>);
-    transform(args, in, lines, columns, v, stride);
-  }
-}
-
-// products[position][tile][channel] for panels [panel0, panel1), kWinogradPanels at most.
-template <int O>
-void winograd_multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int64_t panel1,
-                       const float* patches, int64_t patch_stride, float* products,
-                       int64_t product_stride) {
-  constexpr int P = O + 2;
-  constexpr int64_t row = winograd_row(kWinogradPanels * kConvPanel);
-  const int64_t panel_floats = winograd_panel_floats(O, args.ci);
-  const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
-  const int64_t channels = (panel1 - panel0) * kConvPanel;
-  const int64_t groups = (tiles + kConvRows - 1) / kConvRows;
-  for (int position = 0; position < P * P; ++position) {
-    const float* kernels =
-        args.weight + panel0 * panel_floats + position * winograd_stride(args.ci * kConvPanel);
-    for (int64_t c = 0; c < channels; c += kConvColumns) {
-      const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
-      const bool both = channels - c >= kConvColumns;
-      int64_t tile = 0;
-      for (int64_t group = 0; group < groups; ++group) {
-        const int rows = static_cast<int>(tiles / groups + (group < tiles % groups ? 1 : 0));
-        const float* pointers[kConvRows];
-        for (int m = 0; m < rows; ++m) {
-          pointers[m] = patches + position * patch_stride + (tile + m) * winograd_row(args.ci);
-        }
-        const ConvTileFn compute = both ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
-        compute(pointers, {1, args.ci, 0, kWinogradStretch}, kernel, vec_stride,
-                products + position * product_stride + tile * row + c, row);
-        tile += rows;
-      }
-    }
+            ? (whole ? Form::template patch<T, true, true> : Form::template patch<T, false, true>)
+            : (whole ? Form::template patch<T, true, false>
+                     : Form::template patch<T, false, false>);
+    transform(to, args, in, lines, columns, patches + to.place(tile - tile0));
   }
 }
 
@@ -234,7 +261,6 @@ void winograd_multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int6
 template <typename T, int O, bool kAffine, bool kResidual, bool kRelu>
 Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t channel,
                       const float* products, int64_t stride, double* sums) {
-  constexpr int64_t row = winograd_row(kWinogradPanels * kConvPanel);
   const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
   const Floats scale = kAffine ? load(args.scale + channel) : Floats{};
   const Floats shift = kAffine ? load(args.shift + channel) : Floats{};
@@ -243,7 +269,7 @@ Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t 
   for (int64_t tile = block.tile0; tile < block.tile1; ++tile) {
     const WinogradPlace place = winograd_place<O>(args, tile);
     Floats y[O * O];
-    winograd_pixels<O>(products + (tile - block.tile0) * row, stride, y);
+    winograd_pixels<O>(products + (tile - block.tile0) * kWinogradProductRow, stride, y);
 #pragma GCC unroll 16
     for (int i = 0; i < O * O; ++i) bad += y[i] * 0.0f;
     const int64_t at = ((place.n * args.oh + place.h) * args.ow + place.w) * args.co + channel;
@@ -291,24 +317,20 @@ FASTRES_INLINE auto winograd_store_of(const ConvArgs& args) {
                    : winograd_store<T, O, true, true, false>;
 }
 
-template <typename T, int O>
+template <typename T, int O, typename Form>
 bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
                     const WinogradScratch& scratch, double* sums) {
   const int64_t tiles = block.tile1 - block.tile0;
-  const int64_t patch_stride = winograd_stride(tiles * winograd_row(args.ci));
-  const int64_t product_stride =
-      winograd_stride(tiles * winograd_row(kWinogradPanels * kConvPanel));
-  winograd_patches<T, O>(args, block.tile0, block.tile1, scratch.patches, winograd_row(args.ci),
-                         patch_stride);
+  const Form form(tiles, args.ci);
+  winograd_patches<T, O>(args, block.tile0, block.tile1, form, scratch.patches);
   const auto finish = winograd_store_of<T, O>(args);
   Floats bad = {};
   for (int64_t panel = block.panel0; panel < block.panel1; panel += kWinogradPanels) {
     const int64_t end = min(panel + kWinogradPanels, block.panel1);
-    winograd_multiply<O>(args, tiles, panel, end, scratch.patches, patch_stride, scratch.products,
-                         product_stride);
+    form.multiply(args, tiles, panel, end, scratch);
     for (int64_t c = 0; c < (end - panel) * kConvPanel; c += kFloatLanes) {
-      bad +=
-          finish(args, block, panel * kConvPanel + c, scratch.products + c, product_stride, sums);
+      bad += finish(args, block, panel * kConvPanel + c, scratch.products + c, form.product_stride,
+                    sums);
     }
   }
   end_stream(args.stream);
@@ -397,6 +419,7 @@ void winograd_gradient(const WinogradGradientArgs& args, const WinogradGradientB
                        float* scratch, float* sums) {
   constexpr int64_t stride = kWinogradGradientStride;
   constexpr int64_t row = winograd_row(kWinogradGradientChannels);
+  const WinogradFloats<4> form(kWinogradGradientTiles, kWinogradGradientChannels);
   float* patches = scratch;
   float* spread = scratch + 36 * stride;
   const int64_t rows = block.ci1 - block.ci0, columns = block.co1 - block.co0;
@@ -412,7 +435,7 @@ void winograd_gradient(const WinogradGradientArgs& args, const WinogradGradientB
   const int64_t groups = (rows + kConvRows - 1) / kConvRows;
   for (int64_t tile = block.tile0; tile < block.tile1; tile += kWinogradGradientTiles) {
     const int64_t end = min(tile + kWinogradGradientTiles, block.tile1);
-    winograd_patches<T, 4>(conv, tile, end, patches, row, stride);
+    winograd_patches<T, 4>(conv, tile, end, form, patches);
     for (int64_t t = tile; t < end; ++t) {
       const WinogradPlace place = winograd_place<4>(conv, t);
       const T* in = static_cast<const T*>(args.gradient) +
