@@ -29,6 +29,7 @@ KINDS = {
     "linear": "fc",
     "addmm": "fc",
     "mm": "fc backward",
+    "max_pool2d_backward": "pool backward",
     "max_pool2d_with_indices_backward": "pool backward",
     "add_relu_backward": "add + ReLU backward",
     "bn_add_relu_backward": "BatchNorm + add + ReLU backward",

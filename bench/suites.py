@@ -209,6 +209,7 @@ GPU_ACTIVATIONS = (
     Activation("n256-64x112", 256, 64, 112),
     Activation("n512-64x32", 512, 64, 32),
 )
+STEM_ACTIVATION = Activation("n16-64x112", 16, 64, 112)
 QUICK_ACTIVATIONS = (Activation("quick-n2-16x8", 2, 16, 8),)
 
 EPS = 1e-5
@@ -486,6 +487,24 @@ def activation_races(a: Activation, device: str) -> Iterator[tuple[str, Callable
     )
 
 
+def max_pool_race(a: Activation) -> tuple[str, Callable[[], Race]]:
+    """The stem's max-pool of `a`; bytes are those of its input and output."""
+
+    def build() -> Race:
+        return op_race(
+            name,
+            lambda x: F.max_pool2d(x, 3, 2, 1),
+            lambda: lambda x: load("fastres.ops").max_pool2d(x, [3, 3], [2, 2], [1, 1]),
+            [_random(*a.shape, seed=0, device="cpu")],
+            bytes=a.n * a.c * (a.size**2 + ((a.size + 1) // 2) ** 2) * 4,
+            images=a.n,
+            peak="copy B/s",
+        )
+
+    name = f"max_pool2d {a}"
+    return name, build
+
+
 def _ours_bn_add_relu(
     z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, r: Tensor | None = None
 ) -> Tensor:
@@ -530,6 +549,8 @@ def ops(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
         yield f"conv_stats+bn_relu training {conv}", partial(conv_training_race, conv, device)
     for activation in activations:
         yield from activation_races(activation, device)
+    if device == "cpu":  # on CUDA the models use torch's
+        yield max_pool_race(QUICK_ACTIVATIONS[0] if options.quick else STEM_ACTIVATION)
 
 
 # Data

@@ -28,6 +28,8 @@ def cases(quick):
         found[f"conv-bn-relu training {conv}"] = partial(suites.conv_training_race, conv, DEVICE)
     for activation in activations:
         found |= dict(suites.activation_races(activation, DEVICE))
+    if DEVICE == "cpu":
+        found |= dict([suites.max_pool_race(activations[0] if quick else suites.STEM_ACTIVATION)])
     return found
 
 

@@ -23,6 +23,15 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "Tensor dresidual_bias)");
 
   m.def(
+      "max_pool2d(Tensor input, int[] kernel_size, int[] stride, int[] padding, Tensor? in_mean, "
+      "Tensor? in_var, Tensor? in_weight, Tensor? in_bias, float in_eps) -> Tensor");
+  m.def(
+      "max_pool2d_backward(Tensor dy, Tensor input, int[] kernel_size, int[] stride, "
+      "int[] padding, Tensor? in_mean, Tensor? in_var, Tensor? in_weight, Tensor? in_bias, "
+      "float in_eps) -> "
+      "(Tensor dinput, Tensor din_mean, Tensor din_var, Tensor din_weight, Tensor din_bias)");
+
+  m.def(
       "pack_conv_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
       "int[] input_size) -> Tensor");
   m.def(
@@ -51,6 +60,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 
   m.impl("bn_add_relu", TORCH_BOX(&cpu::bn_add_relu));
   m.impl("bn_add_relu_backward", TORCH_BOX(&cpu::bn_add_relu_backward));
+
+  m.impl("max_pool2d", TORCH_BOX(&cpu::max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&cpu::max_pool2d_backward));
 
   m.impl("pack_conv_weight", TORCH_BOX(&cpu::pack_conv_weight));
   m.impl("conv_bn_relu", TORCH_BOX(&cpu::conv_bn_relu));

@@ -126,3 +126,58 @@ ODD_ACTIVATIONS = (
     Activation("stage-1-bottleneck", 1, 256, 56),
     Activation("empty-batch", 0, 16, 8),
 )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A max-pool of (n, c, height, width)."""
+
+    name: str
+    n: int
+    c: int
+    height: int
+    width: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (1, 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.height, self.width
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.kernel), list(self.stride), list(self.padding)
+
+    @property
+    def out(self) -> tuple[int, int, int, int]:
+        height, width = (
+            (size + 2 * padding - kernel) // stride + 1
+            for size, kernel, stride, padding in zip(
+                self.shape[2:], self.kernel, self.stride, self.padding, strict=True
+            )
+        )
+        return self.n, self.c, height, width
+
+    def __str__(self) -> str:
+        return self.name
+
+
+POOLS = (
+    Pool("stem", 2, 64, 30, 30),
+    Pool("many-rows", 1, 64, 112, 50),
+    Pool("odd", 3, 19, 13, 17),
+    Pool("one-channel", 2, 1, 5, 6),
+    Pool("three-channels", 1, 3, 31, 29),
+    Pool("1000-channels", 1, 1000, 6, 5),
+    Pool("one-pixel", 2, 20, 1, 1),
+    Pool("one-row", 2, 16, 1, 40),
+    Pool("no-padding", 2, 33, 9, 8, (2, 2), (2, 2), (0, 0)),
+    Pool("gaps", 2, 66, 11, 10, (2, 2), (3, 4), (0, 1)),
+    Pool("stride-1", 1, 70, 12, 11, (3, 3), (1, 1), (1, 1)),
+    Pool("two-sizes", 2, 48, 12, 15, (5, 2), (1, 3), (2, 0)),
+    Pool("whole-picture", 2, 17, 7, 7, (7, 7), (7, 7), (0, 0)),
+    Pool("wide-kernel", 1, 24, 40, 40, (13, 13), (4, 4), (6, 6)),
+    Pool("1x1", 2, 65, 6, 6, (1, 1), (2, 1), (0, 0)),
+    Pool("empty-batch", 0, 16, 8, 8),
+)

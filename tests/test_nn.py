@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastres import models, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
-from fastres.nn import PackedWeights
+from fastres.nn import PackedWeights, Pending, finish, max_pool
 from tolerances import assert_within_twice
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -527,3 +527,113 @@ def test_the_model_asks_for_channels_last_once():
         expected = model(x)
         assert torch.equal(model(x.contiguous(memory_format=torch.channels_last)), expected)
         torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), expected)
+
+
+# ---- the max-pool
+
+
+class DoubledMaxPool(nn.MaxPool2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def patched_max_pool():
+    pool = nn.MaxPool2d(3, 2, 1)
+    pool.forward = lambda x: -x
+    return pool
+
+
+def hooked_max_pool(register):
+    pool = nn.MaxPool2d(3, 2, 1)
+    getattr(pool, register)(lambda module, *args: args[0] if "backward" in register else None)
+    return pool
+
+
+FUSED_POOLS = {
+    "torchvision's": lambda: nn.MaxPool2d(3, 2, 1),
+    "pairs": lambda: nn.MaxPool2d((3, 2), (2, 1), (1, 0)),
+    "no stride": lambda: nn.MaxPool2d(2),
+    "dilation of pairs": lambda: nn.MaxPool2d(3, dilation=(1, 1)),
+}
+OTHER_POOLS = {
+    "dilation": lambda: nn.MaxPool2d(3, 2, 1, dilation=2),
+    "ceil mode": lambda: nn.MaxPool2d(3, 2, ceil_mode=True),
+    "indices": lambda: nn.MaxPool2d(3, 2, 1, return_indices=True),
+    "average": lambda: nn.AvgPool2d(3, 2, 1),
+    "identity": nn.Identity,
+    "subclass": lambda: DoubledMaxPool(3, 2, 1),
+    "patched": patched_max_pool,
+    "forward hook": lambda: hooked_max_pool("register_forward_hook"),
+    "forward pre-hook": lambda: hooked_max_pool("register_forward_pre_hook"),
+    "backward hook": lambda: hooked_max_pool("register_full_backward_hook"),
+    "backward pre-hook": lambda: hooked_max_pool("register_full_backward_pre_hook"),
+}
+
+
+def pooled_twice(pool, pending):
+    """x -> by max_pool and by the modules: results, gradients, and max_pool's fastres ops."""
+    z = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    bn = [torch.rand(6, dtype=torch.float64) + 0.5 for _ in range(4)]
+    found = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (z, *bn)]
+        x = Pending(*leaves, 1e-5) if pending else leaves[0]
+        with FastresOps() as recorded:
+            result = max_pool(pool, x) if fused else pool(finish(x, relu=True))
+        result = result if isinstance(result, tuple) else (result,)
+        result[0].sin().sum().backward()
+        gradients = [t.grad for t in leaves[: 5 if pending else 1]]
+        found.append((list(result) + gradients, recorded.names))
+    return found
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["finished", "pending"])
+@pytest.mark.parametrize("kind", FUSED_POOLS)
+def test_a_max_pool_is_one_op(kind, pending):
+    (ours, names), (theirs, _) = pooled_twice(FUSED_POOLS[kind](), pending)
+    assert names == ["max_pool2d"]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["finished", "pending"])
+@pytest.mark.parametrize("kind", OTHER_POOLS)
+def test_another_pool_is_called(kind, pending):
+    (ours, names), (theirs, _) = pooled_twice(OTHER_POOLS[kind](), pending)
+    assert names == ["bn_add_relu"] * pending
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_global_hook_sees_the_max_pool():
+    pool, seen = nn.MaxPool2d(3, 2, 1), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m))
+    try:
+        max_pool(pool, torch.randn(1, 4, 8, 8))
+    finally:
+        handle.remove()
+    assert seen == [pool]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_the_model_pools_by_the_op_until_a_hook_is_there(train):
+    model = models.resnet18(fused=True, num_classes=10).train(train)
+    x = torch.randn(2, 3, 64, 64)
+    # In training the stem's BatchNorm and ReLU are the pool's.
+    expected = ["conv_stats" if train else "conv_bn_relu", "max_pool2d"]
+    assert ops_of(model, x)[:2] == expected
+    seen = []
+    handle = model.maxpool.register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    names = ops_of(model, x)
+    assert "max_pool2d" not in names and seen == [(2, 64, 16, 16)]
+    assert names.count("bn_add_relu") == 9 * train
+    handle.remove()
+    assert ops_of(model, x)[:2] == expected
+
+
+def test_fx_shows_the_max_pool():
+    model = models.resnet18(fused=True, num_classes=10).eval()
+    traced = torch.fx.symbolic_trace(model)
+    targets = [node.target for node in traced.graph.nodes]
+    assert targets[2:6] == ["conv1", "bn1", "relu", "maxpool"]
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)

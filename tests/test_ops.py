@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import ODD_ACTIVATIONS, ODD_CONVS, RESNET_CONVS, Activation, Conv
+from cases import ODD_ACTIVATIONS, ODD_CONVS, POOLS, RESNET_CONVS, Activation, Conv, Pool
 from fastres import _C, ops
 from fastres.ops import reference
 from tolerances import assert_within_twice
@@ -242,6 +242,38 @@ def test_add_relu_is_torchs(case: Activation, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("with_prologue", [False, True], ids=["alone", "bn-relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", [pool for pool in POOLS if pool.n], ids=str)
+def test_max_pool2d_is_as_exact_as_torch(
+    pool: Pool, dtype: torch.dtype, with_prologue: bool
+) -> None:
+    """Values and every gradient, with the previous layer's BatchNorm and ReLU in front or not."""
+    # Of few bits: for all three the same values are equal, and no others.
+    x = activation(*pool.shape).bfloat16().float()
+    lowered = in_dtype((x, *vectors(pool.c)) if with_prologue else (x,), dtype)
+    exact = in_dtype(tuple(lowered), torch.float64)
+    upstream = [torch.randn(pool.out).to(dtype)]
+
+    def by_torch(x, mean=None, var=None, g=None, b=None):
+        if mean is not None:
+            column = [v[:, None, None] for v in (mean, var, g, b)]
+            a = (x.to(mean.dtype) - column[0]) * (column[1] + EPS).rsqrt() * column[2] + column[3]
+            # Rounded to 16 bits, more of them would be equal than there are.
+            return F.max_pool2d(F.relu(a), *pool.geometry).to(x.dtype)
+        return F.max_pool2d(x, *pool.geometry)
+
+    def by_fastres(x, *vectors):
+        return ops.max_pool2d(x, *pool.geometry, *vectors, *((EPS,) if vectors else ()))
+
+    ours = run_with_gradients(by_fastres, lowered, upstream)
+    theirs = run_with_gradients(by_torch, lowered, upstream)
+    truth = run_with_gradients(by_torch, exact, upstream)
+    names = ("y", "dx", "din_mean", "din_var", "din_weight", "din_bias")
+    for name, *results in zip(names[: len(ours)], ours, theirs, truth, strict=True):
+        assert_within_twice(*results, name, computed_in=dtype)
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The same values in other strides, some of them inside a larger tensor."""
     n, c, h, w = x.shape
@@ -273,7 +305,7 @@ def test_any_strides_give_the_same_answer(layout: str) -> None:
         y = ops.conv_bn_relu(x, w, None, m2, v2, g2, b2, EPS, r, *rest)
         z, zm, zv = ops.conv_stats(x, w, mean, var, g, b, EPS, *rest)
         out = ops.bn_add_relu(z, zm, zv, g2, b2, EPS, r)
-        total = ops.add_relu(y, out)
+        total = ops.max_pool2d(ops.add_relu(y, out), [3, 3], [2, 2], [1, 1], m2, v2, g2, b2)
         return y, z, zm, zv, out, total, *torch.autograd.grad(total.square().sum(), leaves)
 
     expected = all_ops(x, w, r)
@@ -314,7 +346,8 @@ def opcheck_arguments(dtype: torch.dtype) -> dict[str, tuple]:
     v5 = [leaf(5) for _ in range(4)]
     v4 = [leaf(4) for _ in range(8)]
     geometry = ([1, 1], [1, 1], [1, 1], 1)
-    z = leaf(2, 4, 7, 6)
+    window = ([3, 3], [2, 2], [1, 1])
+    z, pooled = leaf(2, 4, 7, 6), leaf(2, 4, 4, 3).detach()
     plain = [t.detach() for t in (z, r, x, w)]
     fixed4, fixed5 = [t.detach() for t in v4], [t.detach() for t in v5]
     none3 = (None, None, None)
@@ -325,6 +358,8 @@ def opcheck_arguments(dtype: torch.dtype) -> dict[str, tuple]:
         "bn_add_relu_backward": (
             plain[0], plain[1], plain[0], *fixed4[:3], EPS, plain[1], *fixed4[4:7], EPS, True,
         ),
+        "max_pool2d": (z, *window, *v4[:4], EPS),
+        "max_pool2d_backward": (pooled, plain[0], *window, *fixed4[:4], EPS),
         "pack_conv_weight": (w, *geometry, []),
         "conv_bn_relu": (x, w, None, *fixed4[:2], *v4[2:4], EPS, r, *geometry, True, None),
         "conv_stats": (x, w, *v5, EPS, *geometry),
@@ -349,6 +384,14 @@ def test_projection_and_no_affine_pass_opcheck() -> None:
     torch.library.opcheck(op, (z, *v[:4], EPS, r, *v[4:], EPS, True))
     torch.library.opcheck(op, (z, *v[:2], None, None, EPS, r, *v[4:6], None, None, EPS, False))
     torch.library.opcheck(op, (z, *v[:4], EPS, None, None, None, None, None, EPS, True))
+
+
+def test_max_pool2d_alone_and_without_affine_passes_opcheck() -> None:
+    z = torch.randn(2, 5, 7, 6, requires_grad=True)
+    v = [(torch.rand(5) + 0.1).requires_grad_() for _ in range(2)]
+    op, window = torch.ops.fastres.max_pool2d.default, ([3, 2], [2, 1], [1, 0])
+    torch.library.opcheck(op, (z, *window, None, None, None, None, 0.0))
+    torch.library.opcheck(op, (z, *window, *v, None, None, EPS))
 
 
 def double(*shape: int) -> Tensor:
@@ -390,6 +433,20 @@ def test_other_gradients_by_gradcheck() -> None:
     )
 
 
+def test_max_pool2d_gradients_by_gradcheck() -> None:
+    # Apart by more than gradcheck's step, so that no maximum changes place.
+    x = (torch.randperm(2 * 4 * 6 * 5).double() / 50 - 2).reshape(2, 4, 6, 5).requires_grad_()
+    bn = (double(4), positive(4), double(4), double(4))
+    for window in (([3, 3], [2, 2], [1, 1]), ([2, 3], [3, 1], [0, 1])):
+        assert torch.autograd.gradcheck(lambda x, w=window: ops.max_pool2d(x, *w), x)
+        assert torch.autograd.gradcheck(
+            lambda *args, w=window: ops.max_pool2d(args[0], *w, *args[1:], EPS), (x, *bn)
+        )
+        assert torch.autograd.gradcheck(
+            lambda x, m, v, w=window: ops.max_pool2d(x, *w, m, v), (x, *bn[:2])
+        )
+
+
 def test_a_second_derivative_is_refused_with_a_clear_error() -> None:
     x, r = (torch.randn(1, 3, 4, 4, requires_grad=True) for _ in range(2))
     (dx,) = torch.autograd.grad(ops.add_relu(x, r).square().sum(), x, create_graph=True)
@@ -406,9 +463,10 @@ def test_compiles_whole(training: bool) -> None:
     def unit(x: Tensor, w: Tensor, g: Tensor, b: Tensor) -> Tensor:
         if training:
             z, mean, var = ops.conv_stats(x, w, None, None, None, None, EPS, *conv_arguments(conv))
-            return ops.bn_add_relu(z, mean, var, g, b, EPS, z)
+            y = ops.bn_add_relu(z, mean, var, g, b, EPS, z)
+            return ops.max_pool2d(y, [3, 3], [2, 2], [1, 1], mean, var, g, b)
         y = ops.conv_bn_relu(x, w, None, m, v, g, b, EPS, None, *conv_arguments(conv))
-        return ops.add_relu(y, y)
+        return ops.max_pool2d(ops.add_relu(y, y), [3, 3], [2, 2], [1, 1])
 
     def gradients(function) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, w, g, b)]
@@ -437,6 +495,11 @@ def bad_calls() -> dict[str, tuple]:
 
     def norm(z=z, bn=v6, *rest):
         return ops.bn_add_relu(z, *bn, EPS, *rest)
+
+    window = ([3, 3], [2, 2], [1, 1])
+
+    def pool(z=z, window=window, *prologue):
+        return ops.max_pool2d(z, *window, *prologue)
 
     return {
         "rank of input": ("input", lambda: fused(x[0])),
@@ -467,6 +530,17 @@ def bad_calls() -> dict[str, tuple]:
         "add_relu shape": ("residual", lambda: ops.add_relu(z, z[:, :1])),
         "add_relu dtype": ("residual", lambda: ops.add_relu(z, z.half())),
         "add_relu device": ("residual", lambda: ops.add_relu(z, z.to("meta"))),
+        "pool rank": ("input", lambda: pool(z[0])),
+        "pool dtype": ("input", lambda: pool(z.int())),
+        "pool too small": ("input", lambda: pool(z, ([11, 3], [2, 2], [1, 1]))),
+        "pool no pixels": ("input", lambda: pool(z[..., :0])),
+        "pool kernel": ("kernel_size", lambda: pool(z, ([0, 3], [2, 2], [0, 1]))),
+        "pool kernel of one": ("kernel_size", lambda: pool(z, ([3], [2, 2], [1, 1]))),
+        "pool stride": ("stride", lambda: pool(z, ([3, 3], [2, 0], [1, 1]))),
+        "pool padding": ("padding", lambda: pool(z, ([3, 3], [2, 2], [2, 1]))),
+        "pool negative padding": ("padding", lambda: pool(z, ([3, 3], [2, 2], [-1, 1]))),
+        "pool in_mean alone": ("in_var", lambda: pool(z, window, v6[0])),
+        "pool length of in_var": ("in_var", lambda: pool(z, window, v6[0], v4[1])),
         "pack rank": ("weight", lambda: ops.pack_conv_weight(w[0], *g)),
     }
 

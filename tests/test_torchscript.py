@@ -91,6 +91,31 @@ def test_script_in_train_mode(name, fused):
     assert_same_answers(scripted.eval(), model.eval(), x)
 
 
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_the_max_pool_is_an_op(how):
+    model, x = build(stem="imagenet").eval(), torch.randn(2, 3, 32, 32)
+    scripted = torch.jit.script(model) if how == "script" else torch.jit.trace(model, x)
+    frozen = torch.jit.freeze(scripted)
+    assert_same_answers(saved_and_loaded(frozen), model, torch.randn(1, 3, 40, 36))
+    graph = str(frozen.inlined_graph)
+    assert "fastres::max_pool2d" in graph
+    if how == "trace":
+        assert "aten::max_pool2d" not in graph
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1), nn.Identity()],
+    ids=["ceil mode", "average", "none"],
+)
+def test_script_of_another_pool(pool):
+    model = build(stem="imagenet").eval()
+    model.maxpool = pool
+    scripted = torch.jit.script(model)
+    assert_same_answers(scripted, model, torch.randn(1, 3, 40, 36))
+    assert "fastres::max_pool2d" not in str(torch.jit.freeze(scripted).inlined_graph)
+
+
 def test_script_folds_in_eval_mode_only():
     model = build()
     graph = str(torch.jit.freeze(torch.jit.script(model.eval())).inlined_graph)
@@ -171,6 +196,20 @@ def test_compile_in_one_graph(name, train):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compile_with_a_max_pool(train):
+    class Stem(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.layer1(self.model._stem(x))
+
+    stem = Stem(build(stem="imagenet"))
+    assert_compiles(stem, torch.randn(2, 3, 32, 32), "inductor", train)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_compile_with_inductor(train):
     block = build().layer2[0]
     assert_compiles(block, torch.randn(2, 64, 8, 8), "inductor", train)
@@ -207,9 +246,11 @@ def test_a_compiled_model_sees_train_eval_and_new_weights():
             torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_export_with_any_batch(name):
-    model = build(name).eval()
+@pytest.mark.parametrize(
+    ("name", "stem"), [("resnet18", "cifar"), ("resnet50", "cifar"), ("resnet18", "imagenet")]
+)
+def test_export_with_any_batch(name, stem):
+    model = build(name, stem=stem).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(
         model, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: batch},)
@@ -221,4 +262,5 @@ def test_export_with_any_batch(name):
             torch.testing.assert_close(module(x), model(x))
     targets = {str(node.target) for node in exported.graph.nodes}
     assert "fastres.conv_bn_relu.default" in targets
+    assert ("fastres.max_pool2d.default" in targets) == (stem == "imagenet")
     assert "fastres.pack_conv_weight.default" not in targets

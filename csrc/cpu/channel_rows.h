@@ -133,6 +133,30 @@ struct BatchNorm {
   }
 };
 
+// The BatchNorm of `input` that an op applies as it loads it, or none.
+inline std::optional<BatchNorm> check_prologue(const char* op, const Tensor& input,
+                                               const std::optional<Tensor>& in_mean,
+                                               const std::optional<Tensor>& in_var,
+                                               const std::optional<Tensor>& in_weight,
+                                               const std::optional<Tensor>& in_bias,
+                                               double in_eps) {
+  if (in_mean.has_value() != in_var.has_value()) {
+    fail(op, in_mean.has_value() ? "in_var" : "in_mean", " must be given where ",
+         in_mean.has_value() ? "in_mean" : "in_var", " is, got None");
+  }
+  if (!in_mean.has_value()) {
+    if (in_weight.has_value() || in_bias.has_value()) {
+      fail(op, "in_mean must be given where in_weight or in_bias is, got None");
+    }
+    return std::nullopt;
+  }
+  const auto vector = [&](const char* name, const auto& t) {
+    return check_channel_vector(op, name, t, input.size(1), input.scalar_type());
+  };
+  return BatchNorm(vector("in_mean", *in_mean), vector("in_var", *in_var),
+                   vector("in_weight", in_weight), vector("in_bias", in_bias), in_eps);
+}
+
 // Gradients of a BatchNorm's vectors, from the sums over its rows of g and of g * (x - mean).
 struct BatchNormGradients {
   std::vector<double> mean, var, weight, bias;

@@ -24,18 +24,6 @@ void pack_panels(const ConvWeight& w, float* packed) {
 
 namespace {
 
-std::array<int64_t, 2> check_pair(const char* op, const char* name,
-                                  const std::vector<int64_t>& values, int64_t smallest) {
-  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
-  const bool valid = values.size() == 2 && std::min(values[0], values[1]) >= smallest &&
-                     std::max(values[0], values[1]) <= largest;
-  if (!valid) {
-    fail(op, name, " must be two integers >= ", smallest, ", got ",
-         shape_string({values.data(), values.size()}));
-  }
-  return {values[0], values[1]};
-}
-
 DType check_weight(const char* op, const Tensor& weight) {
   return check_images(op, "weight", weight);
 }
@@ -532,21 +520,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
   const ConvShape s = check_convolution(op, input, weight, stride, padding, dilation, groups);
   const DType dtype = check_dtype(op, "input", input);
   const ScalarType type = input.scalar_type();
-  std::optional<BatchNorm> prologue;
-  if (in_mean.has_value() != in_var.has_value()) {
-    fail(op, in_mean.has_value() ? "in_var" : "in_mean", " must be given where ",
-         in_mean.has_value() ? "in_mean" : "in_var", " is, got None");
-  }
-  if (!in_mean.has_value() && (in_weight.has_value() || in_bias.has_value())) {
-    fail(op, "in_mean must be given where in_weight or in_bias is, got None");
-  }
-  if (in_mean.has_value()) {
-    const auto vector = [&](const char* name, const auto& t) {
-      return check_channel_vector(op, name, t, s.ci, type);
-    };
-    prologue.emplace(vector("in_mean", *in_mean), vector("in_var", *in_var),
-                     vector("in_weight", in_weight), vector("in_bias", in_bias), in_eps);
-  }
+  const std::optional<BatchNorm> prologue =
+      check_prologue(op, input, in_mean, in_var, in_weight, in_bias, in_eps);
 
   std::vector<double> mean(s.co, 0.0), variance(s.co, 0.0);
   const int64_t n = s.pixels();

@@ -22,16 +22,6 @@ constexpr const char* kOp = "conv_stats_backward";
 constexpr const char* kInputGradient = "conv_stats_backward, gradient of the input,";
 constexpr const char* kWeightGradient = "conv_stats_backward, gradient of the weight,";
 
-std::array<int64_t, 2> check_pair(const char* name, const std::vector<int64_t>& values,
-                                  int64_t smallest) {
-  const bool valid = values.size() == 2 && values[0] >= smallest && values[1] >= smallest;
-  if (!valid) {
-    fail(kOp, name, " must be two integers >= ", smallest, ", got ",
-         shape_string({values.data(), values.size()}));
-  }
-  return {values[0], values[1]};
-}
-
 // Checks that z can be the convolution's output, and fills in the sizes.
 void check_convolution(const Tensor& input, const Tensor& weight, const Tensor& z,
                        ConvShape& conv) {
@@ -553,9 +543,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
   const DType dtype = check_images(kOp, "input", input);
   const ScalarType type = input.scalar_type();
   ConvShape conv{};
-  conv.stride = check_pair("stride", stride, 1);
-  conv.padding = check_pair("padding", padding, 0);
-  conv.dilation = check_pair("dilation", dilation, 1);
+  conv.stride = check_pair(kOp, "stride", stride, 1);
+  conv.padding = check_pair(kOp, "padding", padding, 0);
+  conv.dilation = check_pair(kOp, "dilation", dilation, 1);
   conv.groups = groups;
   check_cpu(kOp, "z", z);
   check_same_dtype(kOp, "z", z, "input", input);

@@ -7,6 +7,7 @@
 #include "amx_gradient_kernel.h"
 #include "conv_amx_kernel.h"
 #include "conv_kernel.h"
+#include "max_pool2d_kernel.h"
 #include "winograd_kernel.h"
 
 namespace fastres::cpu {
@@ -117,6 +118,8 @@ struct KernelTable {
   BnAddReluBackwardFn bn_add_relu_backward[kDTypes][kResiduals][2];
   BnAddReluBackwardFn prologue_backward[kDTypes];  // Mask::affine, Residual::none
   BnStatsBackwardFn bn_stats_backward[kDTypes];
+  MaxPoolFn max_pool2d[kDTypes][2];  // [dtype][with a prologue]
+  MaxPoolBackwardFn max_pool2d_backward[kDTypes][2];
   ConvGatherFn conv_gather;
   ConvScatterAddFn conv_scatter_add;
 

@@ -9,6 +9,7 @@
 #include "bn_add_relu_kernel.inl"
 #include "conv_backward_kernel.inl"
 #include "conv_kernel.inl"
+#include "max_pool2d_kernel.inl"
 #include "winograd_kernel.inl"
 #if defined(__AMX_BF16__)
 #include "conv_amx_kernel.inl"
@@ -28,6 +29,10 @@ constexpr void set_entries(KernelTable& t, DType dtype) {
   t.prologue_backward[d] = bn_add_relu_backward<T, Residual::none, Mask::affine>;
   t.bn_stats_backward[d] = bn_stats_backward<T>;
   t.channel_sums[d] = channel_sums<T>;
+  t.max_pool2d[d][false] = max_pool2d<T, false>;
+  t.max_pool2d[d][true] = max_pool2d<T, true>;
+  t.max_pool2d_backward[d][false] = max_pool2d_backward<T, false>;
+  t.max_pool2d_backward[d][true] = max_pool2d_backward<T, true>;
   auto set_residual = [&]<Residual R>() {
     const int r = static_cast<int>(R);
     t.bn_add_relu[d][r][false] = bn_add_relu<T, R, false>;

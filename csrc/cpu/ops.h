@@ -31,6 +31,17 @@ bn_add_relu_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const T
                      const OptionalTensor& residual_var, const OptionalTensor& residual_weight,
                      double residual_eps, bool relu);
 
+Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const OptionalTensor& in_mean, const OptionalTensor& in_var,
+                  const OptionalTensor& in_weight, const OptionalTensor& in_bias, double in_eps);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
+    const Tensor& dy, const Tensor& input, const std::vector<int64_t>& kernel_size,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const OptionalTensor& in_mean, const OptionalTensor& in_var, const OptionalTensor& in_weight,
+    const OptionalTensor& in_bias, double in_eps);
+
 // Length of pack_conv_weight's result for a float32 weight (co, ci, kh, kw).
 int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
                                  const std::vector<int64_t>& stride,

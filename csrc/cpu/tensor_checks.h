@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -102,6 +104,19 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t,
     fail(op, name, " must be ", dtype_string(other.scalar_type()), " as ", other_name, ", got ",
          dtype_string(t.scalar_type()));
   }
+}
+
+// Two integers, as of a stride.
+inline std::array<int64_t, 2> check_pair(const char* op, const char* name,
+                                         const std::vector<int64_t>& values, int64_t smallest) {
+  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  const bool valid = values.size() == 2 && std::min(values[0], values[1]) >= smallest &&
+                     std::max(values[0], values[1]) <= largest;
+  if (!valid) {
+    fail(op, name, " must be two integers >= ", smallest, ", got ",
+         shape_string({values.data(), values.size()}));
+  }
+  return {values[0], values[1]};
 }
 
 // Like `other` in device, shape and dtype.

@@ -16,7 +16,9 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, finish, project
+from .. import ops
+from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, project
+from ..nn.max_pool import max_pool, pool_geometry
 from ..nn.units import FusedUnits
 
 STEMS = ("imagenet", "cifar")
@@ -163,20 +165,40 @@ class FusedResNet(FusedUnits, ResNet):
         layer4: Any
         fc: Any
 
+    __constants__ = (*FusedUnits.__constants__, "_pool_sizes", "_pools")
+    __jit_unused_properties__ = (*FusedUnits.__jit_unused_properties__, "_pool_sizes", "_pools")
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x.contiguous(memory_format=torch.channels_last))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _stem(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             if self._folds and not self.training:
-                return self._folded1(x)
+                return self._folded_pool(self._folded1(x))
             else:
-                return self.relu(self.bn1(self.conv1(x)))
+                return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
-            return finish(out, relu=True)
+            return max_pool(self.maxpool, out)
+
+    def _folded_pool(self, x: Tensor) -> Tensor:
+        if self._pools and x.device.type == "cpu":
+            kernel_size, stride, padding = self._pool_sizes
+            return ops.max_pool2d(x, kernel_size, stride, padding)
+        else:
+            return self.maxpool(x)
+
+    @property
+    def _pools(self) -> bool:
+        """Whether the op max_pool2d can take maxpool's place on the CPU."""
+        return pool_geometry(self.maxpool) is not None
+
+    @property
+    def _pool_sizes(self) -> tuple[list[int], ...]:
+        """maxpool's kernel size, stride and padding, where it can."""
+        return pool_geometry(self.maxpool) or ()
 
 
 _FUSED_BLOCKS = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}

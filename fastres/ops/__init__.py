@@ -15,12 +15,14 @@ from fastres.ops.conv_bn_relu import (
     packed_conv_weight_numel,
 )
 from fastres.ops.conv_stats import conv_stats
+from fastres.ops.max_pool2d import max_pool2d
 
 __all__ = [
     "add_relu",
     "bn_add_relu",
     "conv_bn_relu",
     "conv_stats",
+    "max_pool2d",
     "pack_conv_weight",
     "packed_conv_weight_numel",
 ]

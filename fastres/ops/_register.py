@@ -21,12 +21,15 @@ OPS = (
     "add_relu_backward",
     "bn_add_relu",
     "bn_add_relu_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
     "pack_conv_weight",
     "conv_bn_relu",
     "conv_stats",
     "conv_stats_backward",
 )
-# Which module of fastres.kernels holds an op's Triton launcher. Packing is for the CPU alone.
+# Which module of fastres.kernels holds an op's Triton launcher. Packing is for the CPU alone, and
+# the models use torch's max-pool on CUDA.
 LAUNCHERS = {
     "add_relu": "add_relu",
     "add_relu_backward": "add_relu",

@@ -75,6 +75,14 @@ def check_vectors(op: str, activation: Tensor, channels: int, **vectors: Tensor 
         )
 
 
+def check_prologue(op: str, input: Tensor, vectors: dict[str, Tensor | None]) -> None:
+    """The vectors in_mean, in_var, in_weight, in_bias must be (C,) or None, the first two both."""
+    given = [name for name, vector in vectors.items() if vector is not None]
+    if given and {"in_mean", "in_var"} - set(given):
+        raise RuntimeError(f"fastres::{op}: {given[0]} needs both in_mean and in_var")
+    check_vectors(op, input, input.shape[1], **vectors)
+
+
 def conv_output_shape(
     op: str,
     input: Tensor,

@@ -15,6 +15,7 @@ from fastres.ops._register import register_op
 from fastres.ops._shapes import (
     check_activation,
     check_like,
+    check_prologue,
     check_vectors,
     conv_output_shape,
     new_activation,
@@ -75,13 +76,6 @@ def conv_stats(
     )
 
 
-def _check_prologue(op: str, input: Tensor, vectors: dict[str, Tensor | None]) -> None:
-    given = [name for name, vector in vectors.items() if vector is not None]
-    if given and {"in_mean", "in_var"} - set(given):
-        raise RuntimeError(f"fastres::{op}: {given[0]} needs both in_mean and in_var")
-    check_vectors(op, input, input.shape[1], **vectors)
-
-
 def _fake(
     input: Tensor,
     weight: Tensor,
@@ -98,7 +92,7 @@ def _fake(
     op = "conv_stats"
     shape = conv_output_shape(op, input, weight, stride, padding, dilation, groups)
     prologue = {"in_mean": in_mean, "in_var": in_var, "in_weight": in_weight, "in_bias": in_bias}
-    _check_prologue(op, input, prologue)
+    check_prologue(op, input, prologue)
     channels = shape[1]
     return new_activation(input, shape), new_vector(input, channels), new_vector(input, channels)
 
@@ -129,7 +123,7 @@ def _fake_backward(
     check_vectors(op, z, z.shape[1], dmean=dmean, dvar=dvar, mean=mean)
     conv_output_shape(op, input, weight, stride, padding, dilation, groups)
     prologue = {"in_mean": in_mean, "in_var": in_var, "in_weight": in_weight, "in_bias": in_bias}
-    _check_prologue(op, input, prologue)
+    check_prologue(op, input, prologue)
     affine = needs_input and in_mean is not None
 
     def vector(present: bool) -> Tensor:

@@ -130,6 +130,61 @@ def _as_result(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).contiguous(memory_format=_CHANNELS_LAST)
 
 
+def _before_pool(
+    input: Tensor,
+    in_mean: Tensor | None,
+    in_var: Tensor | None,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+) -> Tensor:
+    """The previous layer's BatchNorm and ReLU, in the parameter dtype."""
+    if in_mean is None or in_var is None:
+        return input.to(parameter_dtype(input))
+    return F.relu(_affine(input, in_mean, in_var, in_weight, in_bias, in_eps))
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    in_mean: Tensor | None,
+    in_var: Tensor | None,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+) -> Tensor:
+    a = _before_pool(input, in_mean, in_var, in_weight, in_bias, in_eps)
+    return _as_result(F.max_pool2d(a, kernel_size, stride, padding), input)
+
+
+def max_pool2d_backward(
+    dy: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    in_mean: Tensor | None,
+    in_var: Tensor | None,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    in_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a = _before_pool(input, in_mean, in_var, in_weight, in_bias, in_eps)
+    geometry = (kernel_size, stride, padding, [1, 1], False)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(a, *geometry)
+    g = torch.ops.aten.max_pool2d_with_indices_backward(dy.to(a.dtype), a, *geometry, indices)
+    empty = a.new_empty(0)
+    vectors = [empty, empty.clone(), empty.clone(), empty.clone()]
+    if in_mean is not None and in_var is not None:
+        g, dm, dv, dw, db = _affine_backward(_mask(g, a), input, in_mean, in_var, in_weight, in_eps)
+        vectors = [dm, dv, dw if in_weight is not None else vectors[2], vectors[3]]
+        if in_bias is not None:
+            vectors[3] = db
+    return _as_result(g, input), vectors[0], vectors[1], vectors[2], vectors[3]
+
+
 def pack_conv_weight(
     weight: Tensor,
     stride: list[int],

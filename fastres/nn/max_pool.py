@@ -1,0 +1,38 @@
+"""The max-pool after the stem, with the BatchNorm and ReLU that are still pending before it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from .conv_bn import Module, Pending, finish, is_untouched
+
+
+def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
+    """``pool(x)``, on the CPU by the fused op. ``pool`` may be any module."""
+    geometry = pool_geometry(pool)
+    z = x.z if isinstance(x, Pending) else x
+    if geometry is None or isinstance(z, Proxy) or z.device.type != "cpu":
+        return pool(finish(x, relu=True))
+    return ops.max_pool2d(z, *geometry, *(x[1:] if isinstance(x, Pending) else ()))
+
+
+def pool_geometry(pool: Module) -> tuple[list[int], list[int], list[int]] | None:
+    """Kernel size, stride and padding where the op says the same as calling ``pool``, else None."""
+    if not (
+        is_untouched(pool, nn.MaxPool2d)
+        and pool.dilation in (1, (1, 1))
+        and not pool.ceil_mode
+        and not pool.return_indices
+        and not _has_any_global_hook()
+    ):
+        return None
+    kernel_size, stride, padding = (
+        [size, size] if isinstance(size, int) else list(size)
+        for size in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if len(kernel_size) != 2 or len(stride) != 2 or len(padding) != 2:
+        return None
+    return kernel_size, stride, padding
