@@ -17,7 +17,7 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import ops
-from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, project
+from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, finish, kept_anyway, project
 from ..nn.max_pool import max_pool, pool_geometry
 from ..nn.units import FusedUnits
 
@@ -120,7 +120,12 @@ class ResNet(torchvision_resnet.ResNet):
 
 
 class FusedBasicBlock(FusedUnits, BasicBlock):
-    """torchvision's BasicBlock, computed in three passes by the fused ops."""
+    """torchvision's BasicBlock, computed in three passes by the fused ops.
+
+    ``recompute``: of how many such blocks in a row the output is not kept for the backward.
+    """
+
+    recompute = 2
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -132,11 +137,19 @@ class FusedBasicBlock(FusedUnits, BasicBlock):
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
             shortcut = project(self.downsample, x, self._packed)
-            return conv_bn_add_relu(self.conv2, self.bn2, self.relu, out, shortcut, self._packed)
+            recompute = self.recompute if kept_anyway(shortcut, x) else 0
+            return conv_bn_add_relu(
+                self.conv2, self.bn2, self.relu, out, shortcut, self._packed, recompute
+            )
 
 
 class FusedBottleneck(FusedUnits, Bottleneck):
-    """torchvision's Bottleneck, computed in four passes by the fused ops."""
+    """torchvision's Bottleneck, computed in four passes by the fused ops.
+
+    ``recompute``: of how many such blocks in a row the output is not kept for the backward.
+    """
+
+    recompute = 3
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -150,7 +163,10 @@ class FusedBottleneck(FusedUnits, Bottleneck):
             mid = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
             mid = conv_bn_relu(self.conv2, self.bn2, self.relu, mid, self._packed)
             shortcut = project(self.downsample, x, self._packed)
-            return conv_bn_add_relu(self.conv3, self.bn3, self.relu, mid, shortcut, self._packed)
+            recompute = self.recompute if kept_anyway(shortcut, x) else 0
+            return conv_bn_add_relu(
+                self.conv3, self.bn3, self.relu, mid, shortcut, self._packed, recompute
+            )
 
 
 class FusedResNet(FusedUnits, ResNet):
@@ -168,6 +184,11 @@ class FusedResNet(FusedUnits, ResNet):
     __constants__ = (*FusedUnits.__constants__, "_pool_sizes", "_pools")
     __jit_unused_properties__ = (*FusedUnits.__jit_unused_properties__, "_pool_sizes", "_pools")
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for block in self.layer4:
+            block.recompute = 0  # the backward wants these outputs before it has freed any memory
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x.contiguous(memory_format=torch.channels_last))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -181,6 +202,8 @@ class FusedResNet(FusedUnits, ResNet):
                 return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
+            if isinstance(self.maxpool, nn.Identity):  # a pool keeps its input
+                out = finish(out, relu=True, recompute=True)
             return max_pool(self.maxpool, out)
 
     def _folded_pool(self, x: Tensor) -> Tensor:

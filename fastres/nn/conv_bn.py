@@ -54,12 +54,14 @@ def conv_bn_add_relu(
     x: Tensor | Pending,
     shortcut: Tensor | Pending,
     packed: PackedWeights,
+    recompute: int = 0,
 ) -> Tensor:
-    """``relu(bn(conv(x)) + shortcut)``: the end of a block."""
+    """``relu(bn(conv(x)) + shortcut)``: the end of a block. For ``recompute`` see ``finish``."""
     if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
         return relu(bn(conv(finish(x, relu=True))) + finish(shortcut, relu=False))
     if uses_batch_statistics(bn):
-        return finish(_conv_stats(conv, bn, x), relu=True, shortcut=shortcut)
+        out = _conv_stats(conv, bn, x)
+        return finish(out, relu=True, shortcut=shortcut, recompute=recompute)
     return _conv_bn(conv, bn, finish(x, relu=True), finish(shortcut, relu=False), True, packed)
 
 
@@ -75,15 +77,44 @@ def project(downsample: Module | None, x: Tensor, packed: PackedWeights) -> Tens
     return _conv_bn(*pair, x, None, False, packed)
 
 
-def finish(x: Tensor | Pending, *, relu: bool, shortcut: Tensor | Pending | None = None) -> Tensor:
-    """Apply a pending BatchNorm (+ shortcut) (+ ReLU) in one pass; a tensor is finished already."""
+def finish(
+    x: Tensor | Pending,
+    *,
+    relu: bool,
+    shortcut: Tensor | Pending | None = None,
+    recompute: int = 0,
+) -> Tensor:
+    """Apply a pending BatchNorm (+ shortcut) (+ ReLU) in one pass; a tensor is finished already.
+
+    Of as many results in a row as ``recompute`` says, each the next one's shortcut, none is kept
+    for the backward, which computes them again.
+    """
     if not isinstance(x, Pending):
         return x
     if isinstance(shortcut, Pending):
-        return ops.bn_add_relu(*x, *shortcut, relu)
-    if shortcut is not None:
-        shortcut = shortcut.to(x.z.dtype)
-    return ops.bn_add_relu(*x, shortcut, None, None, None, None, 0.0, relu)
+        rest: tuple[Any, ...] = shortcut
+    else:
+        if shortcut is not None and shortcut.dtype != x.z.dtype:
+            shortcut, recompute = shortcut.to(x.z.dtype), 0  # a copy that nobody else keeps
+        rest = (shortcut, None, None, None, None, 0.0)
+    if recompute > ops.in_a_row(rest[0]) and _records_nodes():
+        return ops.bn_add_relu_recomputed(*x, *rest, relu)
+    return ops.bn_add_relu(*x, *rest, relu)
+
+
+def kept_anyway(shortcut: Tensor | Pending, x: Tensor) -> bool:
+    """Whether a convolution keeps the shortcut of a block with the input x for its own gradient."""
+    return shortcut is x or isinstance(shortcut, Pending)
+
+
+def _records_nodes() -> bool:
+    """Whether autograd runs node by node: not in a compiler's hands, nor a transformation's."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_untouched(module: Module, kind: type[nn.Module]) -> bool:

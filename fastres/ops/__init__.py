@@ -16,12 +16,15 @@ from fastres.ops.conv_bn_relu import (
 )
 from fastres.ops.conv_stats import conv_stats
 from fastres.ops.max_pool2d import max_pool2d
+from fastres.ops.recomputed import bn_add_relu_recomputed, in_a_row
 
 __all__ = [
     "add_relu",
     "bn_add_relu",
+    "bn_add_relu_recomputed",
     "conv_bn_relu",
     "conv_stats",
+    "in_a_row",
     "max_pool2d",
     "pack_conv_weight",
     "packed_conv_weight_numel",

@@ -22,6 +22,7 @@ from fastres.ops._shapes import (
     new_vector,
     to_parameter_dtype,
 )
+from fastres.ops.recomputed import output_of, source_of
 from fastres.ops.reference import memory_format_of
 
 
@@ -143,13 +144,17 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, weight, in_mean, in_var, in_weight, in_bias, in_eps = inputs[:7]
     z, mean, _ = output
-    ctx.save_for_backward(input, weight, z, mean, in_mean, in_var, in_weight, in_bias)
+    ctx.source = source_of(input)
+    kept = input if ctx.source is None else None
+    ctx.save_for_backward(kept, weight, z, mean, in_mean, in_var, in_weight, in_bias)
     ctx.in_eps = in_eps
     ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs[7:]
 
 
 def _backward(ctx: Any, dz: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, z, mean, in_mean, in_var, in_weight, in_bias = ctx.saved_tensors
+    if ctx.source is not None:
+        input = output_of(ctx.source)
     needs = ctx.needs_input_grad
     # The prologue's vectors get theirs from the same pass as the input.
     needs_input = needs[0] or any(needs[2:6])
