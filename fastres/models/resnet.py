@@ -120,10 +120,7 @@ class ResNet(torchvision_resnet.ResNet):
 
 
 class FusedBasicBlock(FusedUnits, BasicBlock):
-    """torchvision's BasicBlock, computed in three passes by the fused ops.
-
-    ``recompute``: of how many such blocks in a row the output is not kept for the backward.
-    """
+    """torchvision's BasicBlock, computed in three passes by the fused ops."""
 
     recompute = 2
 
@@ -144,10 +141,7 @@ class FusedBasicBlock(FusedUnits, BasicBlock):
 
 
 class FusedBottleneck(FusedUnits, Bottleneck):
-    """torchvision's Bottleneck, computed in four passes by the fused ops.
-
-    ``recompute``: of how many such blocks in a row the output is not kept for the backward.
-    """
+    """torchvision's Bottleneck, computed in four passes by the fused ops."""
 
     recompute = 3
 
@@ -171,6 +165,8 @@ class FusedBottleneck(FusedUnits, Bottleneck):
 
 class FusedResNet(FusedUnits, ResNet):
     """ResNet of the fused blocks. Inputs in another layout than channels_last are converted."""
+
+    recompute = 1
 
     if TYPE_CHECKING:
         maxpool: Any
@@ -203,7 +199,7 @@ class FusedResNet(FusedUnits, ResNet):
         else:
             out = conv_bn_relu(self.conv1, self.bn1, self.relu, x, self._packed)
             if isinstance(self.maxpool, nn.Identity):  # a pool keeps its input
-                out = finish(out, relu=True, recompute=True)
+                out = finish(out, relu=True, recompute=self.recompute)
             return max_pool(self.maxpool, out)
 
     def _folded_pool(self, x: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def finish(
         if shortcut is not None and shortcut.dtype != x.z.dtype:
             shortcut, recompute = shortcut.to(x.z.dtype), 0  # a copy that nobody else keeps
         rest = (shortcut, None, None, None, None, 0.0)
-    if recompute > ops.in_a_row(rest[0]) and _records_nodes():
+    # Not in a compiler's hands, which choose themselves what to keep.
+    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    if x.z.requires_grad and eager and recompute > ops.in_a_row(rest[0]):
         return ops.bn_add_relu_recomputed(*x, *rest, relu)
     return ops.bn_add_relu(*x, *rest, relu)
 
@@ -105,16 +107,6 @@ def finish(
 def kept_anyway(shortcut: Tensor | Pending, x: Tensor) -> bool:
     """Whether a convolution keeps the shortcut of a block with the input x for its own gradient."""
     return shortcut is x or isinstance(shortcut, Pending)
-
-
-def _records_nodes() -> bool:
-    """Whether autograd runs node by node: not in a compiler's hands, nor a transformation's."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def is_untouched(module: Module, kind: type[nn.Module]) -> bool:

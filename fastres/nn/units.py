@@ -43,7 +43,12 @@ class FusedUnits(nn.Module):
     Packed weights are dropped whenever they may have changed unseen. The methods ``_folded*`` are
     for TorchScript, which can't pass modules to a function; it reads the properties once, as
     constants, and compiles no branch that they rule out.
+
+    ``recompute``: of how many such modules in a row the output is computed again in the backward
+    of a training step and not kept; 0 takes the memory and saves a pass over it.
     """
+
+    recompute = 0
 
     if TYPE_CHECKING:  # at run time TorchScript would take it for the attributes' types
         conv1: Any
