@@ -91,8 +91,9 @@ def finish(
     """
     if not isinstance(x, Pending):
         return x
+    rest: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
     if isinstance(shortcut, Pending):
-        rest: tuple[Any, ...] = shortcut
+        rest = shortcut
     else:
         if shortcut is not None and shortcut.dtype != x.z.dtype:
             shortcut, recompute = shortcut.to(x.z.dtype), 0  # a copy that nobody else keeps
