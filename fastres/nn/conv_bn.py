@@ -91,18 +91,17 @@ def finish(
     """
     if not isinstance(x, Pending):
         return x
-    rest: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
-    if isinstance(shortcut, Pending):
-        rest = shortcut
-    else:
-        if shortcut is not None and shortcut.dtype != x.z.dtype:
-            shortcut, recompute = shortcut.to(x.z.dtype), 0  # a copy that nobody else keeps
-        rest = (shortcut, None, None, None, None, 0.0)
+    residual = shortcut.z if isinstance(shortcut, Pending) else shortcut
+    if residual is not None and residual.dtype != x.z.dtype:
+        residual, recompute = residual.to(x.z.dtype), 0  # a copy that nobody else keeps
     # Not in a compiler's hands, which choose themselves what to keep.
     eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    if x.z.requires_grad and eager and recompute > ops.in_a_row(rest[0]):
-        return ops.bn_add_relu_recomputed(*x, *rest, relu)
-    return ops.bn_add_relu(*x, *rest, relu)
+    bn_add_relu = ops.bn_add_relu
+    if x.z.requires_grad and eager and recompute > ops.in_a_row(residual):
+        bn_add_relu = ops.bn_add_relu_recomputed
+    if isinstance(shortcut, Pending):
+        return bn_add_relu(*x, *shortcut, relu)
+    return bn_add_relu(*x, residual, None, None, None, None, 0.0, relu)
 
 
 def kept_anyway(shortcut: Tensor | Pending, x: Tensor) -> bool:
