@@ -262,6 +262,21 @@ def test_every_form_serves_every_size(form: str, monkeypatch: pytest.MonkeyPatch
         assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) < 3e-6
 
 
+@pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96)])
+@pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_winograd_tiles(
+    dtype: torch.dtype, tile: str, c_in: int, c_out: int, threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """So many that the matrix unit multiplies them, where there is one."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
+    problem = Problem(Conv("many", c_in, c_out, 3, 1, 23, n=9), dtype)
+    check_inference(problem, True)
+    check_training(problem, True)
+    check_training(problem, False)
+
+
 def test_input_size_of_packing() -> None:
     weight = torch.randn(32, 32, 3, 3)
     for size in ([1, 2], [1, -1, 3]):
@@ -288,10 +303,10 @@ def test_statistics_do_not_change_from_run_to_run(packed_algorithm: None, thread
             assert a.equal(b)
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_nan_and_infinity(kernel: int, algorithm: str) -> None:
+@pytest.mark.parametrize(("kernel", "n"), [(1, 3), (3, 3), (3, 30)])
+def test_nan_and_infinity(kernel: int, n: int, algorithm: str) -> None:
     """As in torch, also in the pixels beside: Winograd's tiles must not spread them."""
-    problem = Problem(Conv("nan", 16, 16, kernel, 1, 9, n=3), torch.float32)
+    problem = Problem(Conv("nan", 16, 16, kernel, 1, 9, n=n), torch.float32)
     problem.input[0, 3, 1, 2] = float("nan")
     problem.input[1, 2, 0, 0] = float("inf")
     actual = problem.inference(conv_bn_relu, same, False)
@@ -306,12 +321,13 @@ def test_nan_and_infinity(kernel: int, algorithm: str) -> None:
     assert a[0, :, 1, 2].isnan().all() and not a[2].isnan().any()
 
 
+@pytest.mark.parametrize("n", [1, 70])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
 def test_products_that_overflow_in_winograds_positions(
-    tile: str, monkeypatch: pytest.MonkeyPatch
+    tile: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
-    problem = Problem(Conv("large", 16, 16, 3, 1, 8), torch.float32)
+    problem = Problem(Conv("large", 16, 16, 3, 1, 8, n=n), torch.float32)
     problem.input *= 2e37
     z = problem.training(conv_stats, same, False)[0]
     assert z.isfinite().all()
@@ -323,7 +339,7 @@ def test_products_that_overflow_in_winograds_positions(
 def test_errors_have_no_sign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would add up from layer to layer."""
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", name)
-    input = (torch.rand(4, 64, 14, 14) + 1).contiguous(memory_format=torch.channels_last)
+    input = (torch.rand(6, 64, 14, 14) + 1).contiguous(memory_format=torch.channels_last)
     weight = torch.rand(32, 64, 3, 3) + 1
     exact = F.conv2d(input.double(), weight.double(), padding=1)
     z = conv_stats(input, weight, None, None, None, None, 0.0, [1, 1], [1, 1], [1, 1])[0]
