@@ -194,7 +194,8 @@ def test_layers_have_all_flops_of_the_model(training):
     assert forward.items() <= calls.items()
     if training:
         norms = "BatchNorm + add + ReLU"
-        backward = {"stem backward": 1, "3x3 backward": 5, norms: 5, f"{norms} backward": 5}
+        # All but the last stage's are computed again in the backward.
+        backward = {"stem backward": 1, "3x3 backward": 5, norms: 5 + 4, f"{norms} backward": 5}
         assert {**backward, "optimizer": 1}.items() <= calls.items()
     assert lines[-1]["kind"] == "rest"
 
