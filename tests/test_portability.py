@@ -89,7 +89,7 @@ def test_kernels_are_neon(tmp_path: Path, cache: Path) -> None:
     compile_source(source, tmp_path / "kernels.s", cache, *flags)
     assembly = (tmp_path / "kernels.s").read_text()
     multiply_add = re.compile(r"\bfmla\s+v\d+\.4s")
-    for loop in ("conv_tile", "winograd_store", "winograd_patch"):
+    for loop in ("conv_tile", "winograd_store", "WinogradFloats"):
         found = [body for name, body in functions(assembly).items() if loop in name]
         assert any(len(multiply_add.findall(body)) >= 16 for body in found), loop
     # Next to no float is multiplied and added alone, and none by a call.
