@@ -16,6 +16,7 @@ from fastres.cli import main
 OPTIONS = """
     --model --data --root --epochs --batch-size --lr --momentum --weight-decay --step-size
     --gamma --seed --valid-ratio --patience --device --amp --fused --no-fused --out --resume
+    --test-ratio --image-size --stem --workers
 """
 
 
@@ -63,7 +64,8 @@ class TestOptions:
         arguments = (
             "train --model resnet34 --data cifar10 --root r --epochs 2 --batch-size 3 --lr 0.4 "
             "--momentum 0.5 --weight-decay 0.6 --step-size 7 --gamma 0.8 --seed 9 "
-            "--valid-ratio 0.3 --patience 11 --device cpu --amp bf16 --no-fused --out o"
+            "--valid-ratio 0.3 --patience 11 --device cpu --amp bf16 --no-fused --out o "
+            "--stem imagenet --workers 0 --test-ratio 0.4"
         )
         assert main(arguments.split()) == 0
         assert configs == [
@@ -85,6 +87,9 @@ class TestOptions:
                 amp="bf16",
                 fused=False,
                 out=Path("o"),
+                stem="imagenet",
+                workers=0,
+                test_ratio=0.4,
             )
         ]
 
@@ -119,7 +124,7 @@ class TestErrors:
             ("train --valid-ratio 0.00001", "valid_ratio is 1e-05, which leaves"),
             ("eval --checkpoint none.pt", "no checkpoint at none.pt"),
             ("eval --checkpoint text.pt", "text.pt is damaged or no checkpoint of fastres"),
-            ("predict text.pt --checkpoint none.pt", "cannot read the image text.pt"),
+            ("predict text.pt --checkpoint none.pt", "no checkpoint at none.pt"),
         ],
     )
     def test_one_line_and_exit_code_2(

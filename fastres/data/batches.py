@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastres.data.augment import normalize, random_crop_flip
-from fastres.data.datasets import DataError, ImageSet
-
-_SPLIT, _EPOCH = 1, 2  # streams of draws, so that the split and epoch 0 do not share one
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A CPU generator for `key`, non-negative integers below 2**32.
-
-    It lives on the CPU so that every device, and every number of devices, sees the same draws.
-    """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+from fastres.data.datasets import ImageSet
+from fastres.data.draws import EPOCH, SPLIT, generator
+from fastres.data.errors import DataError
 
 
 def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +25,7 @@ def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
             f"valid_ratio is {valid_ratio}, which leaves {n - n_valid} of {n} images for training "
             f"and {n_valid} for validation: expected at least one in each"
         )
-    order = torch.randperm(n, generator=_generator(_SPLIT, seed))
+    order = torch.randperm(n, generator=generator(SPLIT, seed))
     return order[n_valid:], order[:n_valid]
 
 
@@ -97,7 +87,7 @@ class Batches:
                 images = self.part.images[batch]
                 yield normalize(images, self.mean, self.std), self.part.labels[batch]
             return
-        draw = _generator(_EPOCH, self.seed, self.epoch)
+        draw = generator(EPOCH, self.seed, self.epoch)
         order = torch.randperm(n, generator=draw).to(device)
         top, left = torch.randint(2 * self.padding + 1, (2, n), generator=draw).to(device)
         flip = torch.randint(2, (n,), generator=draw).bool().to(device)

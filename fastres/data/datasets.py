@@ -11,6 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastres.data.errors import DataError
+from fastres.data.folder import PictureFolder, folder
+
 CLASSES = (
     "airplane",
     "automobile",
@@ -26,11 +29,8 @@ CLASSES = (
 # Per channel, of the 50,000 training images scaled to [0, 1].
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+FOLDER = "folder:"  # begins the name of a folder of pictures
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
-
-
-class DataError(RuntimeError):
-    """The data cannot be had, or not as asked; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,17 @@ def cifar10(root: str | Path) -> Dataset:
         ) from error
 
 
-def load(name: str, root: str | Path) -> Dataset:
-    """The data set called "sample" or "cifar10"; only the latter looks at `root`.
+def load(name: str, root: str | Path) -> Dataset | PictureFolder:
+    """The data set called "sample", "cifar10" or "folder:PATH"; only cifar10 looks at `root`.
 
     Raises:
-        ValueError: `name` is neither.
+        ValueError: `name` is none of them.
         DataError: the data cannot be had.
     """
     if name == "sample":
         return sample()
     if name == "cifar10":
         return cifar10(root)
-    raise ValueError(f'data is {name!r}, expected "sample" or "cifar10"')
+    if name.startswith(FOLDER) and name != FOLDER:
+        return folder(name.removeprefix(FOLDER))
+    raise ValueError(f'data is {name!r}, expected "sample", "cifar10" or "folder:PATH"')

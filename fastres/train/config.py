@@ -9,9 +9,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastres.data.datasets import FOLDER
+
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-DataName = Literal["sample", "cifar10"]
+DATA = ("sample", "cifar10", "folder:PATH")
 AmpName = Literal["none", "bf16", "fp16"]
+StemName = Literal["auto", "imagenet", "cifar"]
+DataName = Annotated[str, tyro.conf.arg(metavar="{sample,cifar10,folder:PATH}")]
 Directory = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
@@ -36,25 +40,36 @@ def _expect_whole(config: Any, field: str, least: int) -> None:
     _expect(config, field, whole and value >= least, f"a whole number, at least {least}")
 
 
+def _expect_data(config: Any, field: str) -> None:
+    value = getattr(config, field)
+    _expect(config, field, is_folder(value) or value in DATA[:2], " or ".join(DATA))
+
+
 def _expect_real(config: Any, field: str, ok: Any, expectation: str) -> None:
     value = getattr(config, field)
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     _expect(config, field, real and ok(value), expectation)
 
 
+def is_folder(data: str) -> bool:
+    """Whether `data` names a folder of pictures."""
+    return data.startswith(FOLDER) and data != FOLDER
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a ResNet on CIFAR-10 or on the packaged sample of it, by the standard recipe.
+    """Train a ResNet on CIFAR-10, on the packaged sample of it or on own pictures.
 
     SGD with momentum, a step schedule, early stopping on the validation part, and the test part
     once at the end. Everything the run finds out is in its folder.
     """
 
     model: ModelName = "resnet18"
-    """Member of the family; it gets the CIFAR stem."""
+    """Member of the family."""
 
     data: DataName = "sample"
-    """The packaged sample (4,600 images), or the official CIFAR-10."""
+    """The packaged sample (4,600 images), the official CIFAR-10, or class folders of pictures:
+    PATH/CLASS/..., or PATH/train/CLASS/... with valid and test beside it."""
 
     root: Directory = Path("datasets")
     """Where the official CIFAR-10 is, or is downloaded to."""
@@ -86,6 +101,18 @@ class TrainConfig:
     valid_ratio: float = 0.2
     """Share of the training images held out for validation."""
 
+    test_ratio: float = 0.1
+    """Share of a folder's pictures held out for testing, where it has no test folder."""
+
+    image_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Height and width to which a folder's pictures are cut; left out: 224."""
+
+    stem: StemName = "auto"
+    """The network's first layers; auto: cifar (no downsampling) up to 64 pixels, else imagenet."""
+
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes that read a folder's pictures; left out: one a core, up to 8."""
+
     patience: int = 30
     """Stop after so many epochs in a row without a better validation accuracy."""
 
@@ -106,10 +133,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _expect_choice(self, "model", ModelName)
-        _expect_choice(self, "data", DataName)
+        _expect_data(self, "data")
+        _expect_choice(self, "stem", StemName)
         _expect_choice(self, "amp", AmpName)
         for field in ("epochs", "batch_size", "step_size", "patience"):
             _expect_whole(self, field, 1)
+        if self.image_size is not None:
+            _expect_whole(self, "image_size", 32)
+            _expect(self, "image_size", is_folder(self.data), "--data folder:PATH beside it")
+        if self.workers is not None:
+            _expect_whole(self, "workers", 0)
         _expect_whole(self, "seed", 0)
         _expect(self, "seed", self.seed < 2**32, "a whole number below 2**32")
         _expect_real(self, "lr", lambda x: x > 0, "a number above 0")
@@ -117,12 +150,17 @@ class TrainConfig:
         _expect_real(self, "weight_decay", lambda x: x >= 0, "a number, at least 0")
         _expect_real(self, "gamma", lambda x: 0 < x <= 1, "a number in (0, 1]")
         _expect_real(self, "valid_ratio", lambda x: 0 < x < 1, "a number in (0, 1)")
+        _expect_real(self, "test_ratio", lambda x: 0 < x < 1, "a number in (0, 1)")
         _expect(self, "resume", not (self.resume and self.out is None), "--out DIR beside it")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Loss and accuracy of a checkpoint on the test part of a data set."""
+    """Loss and accuracy of a checkpoint on the test part of a data set.
+
+    Of a folder that is its test folder, or else the pictures that the run held out; of a folder
+    that the run has not seen, all.
+    """
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """A best.pt or last.pt of `fastres train`."""
@@ -136,6 +174,9 @@ class EvalConfig:
     batch_size: int = 128
     """Images at a time."""
 
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes that read a folder's pictures; left out: one a core, up to 8."""
+
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
 
@@ -144,6 +185,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _expect_whole(self, "batch_size", 1)
+        if self.data is not None:
+            _expect_data(self, "data")
+        if self.workers is not None:
+            _expect_whole(self, "workers", 0)
 
 
 @dataclass(frozen=True)
@@ -151,7 +196,8 @@ class PredictConfig:
     """Classes and their probabilities for image files."""
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
-    """Image files of any size; each is cropped to a square and resized to the model's 32 x 32."""
+    """Image files of any size; each is resized and cut to the square that the model was trained
+    with."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """A best.pt or last.pt of `fastres train`."""
@@ -172,7 +218,7 @@ class PredictConfig:
 
 # May differ between a run and its --resume: none changes what an epoch computes, but for the
 # rounding of another device.
-FREE_ON_RESUME = frozenset({"root", "epochs", "device", "out", "resume"})
+FREE_ON_RESUME = frozenset({"root", "epochs", "device", "workers", "out", "resume"})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -197,8 +243,11 @@ def from_dict(plain: dict[str, Any]) -> TrainConfig:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The settings, old and new value, in which a resumed run must not differ but does."""
+    free = FREE_ON_RESUME
+    if is_folder(old.data) and is_folder(new.data):
+        free |= {"data"}  # it may have moved: the pictures' names tell whether it is the same
     return [
         f"{field.name} (was {getattr(old, field.name)!r}, is {getattr(new, field.name)!r})"
         for field in fields(TrainConfig)
-        if field.name not in FREE_ON_RESUME and getattr(old, field.name) != getattr(new, field.name)
+        if field.name not in free and getattr(old, field.name) != getattr(new, field.name)
     ]

@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from fastres.data import Batches, DataError, load, normalize
+from fastres.data import Batches, DataError, PictureBatches, PictureSet, load, normalize
+from fastres.data.folder import evaluation_transform, read_picture
 from fastres.train import checkpoint
 from fastres.train.config import EvalConfig, PredictConfig
 from fastres.train.errors import CheckpointError, ImageError
 from fastres.train.loop import MODEL_KEYS, Meter, evaluate
 from fastres.train.model import build_model, resolve_device
-
-IMAGE_SIZE = 32
+from fastres.train.parts import test_part, worker_count
 
 
 @dataclass(frozen=True)
@@ -58,27 +56,38 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter]:
     dataset = load(name, config.root)
     if list(dataset.classes) != content["classes"]:
         raise DataError(f"{name} has other classes than {config.checkpoint} was trained on")
-    test = dataset.test.to(device)
-    batches = Batches(test, config.batch_size, content["mean"], content["std"])
+    part = test_part(dataset, content["split"])
+    common = (config.batch_size, content["mean"], content["std"])
+    if isinstance(part, PictureSet):
+        batches: Batches | PictureBatches = PictureBatches(
+            part,
+            *common,
+            image_size=content["image_size"],
+            resize_size=content["resize_size"],
+            device=device,
+            workers=worker_count(config.workers),
+        )
+    else:
+        batches = Batches(part.to(device), *common)
     return name, evaluate(model, batches)
 
 
-def read_image(path: Path) -> Tensor:
-    """The middle square of an image file, resized: (1, 3, 32, 32) uint8.
+def read_image(path: Path, image_size: int, resize_size: int) -> Tensor:
+    """The middle square of an image file, as evaluation sees it: (1, 3, H, W) uint8.
+
+    Args:
+        path: of the file.
+        image_size: height and width of the square, in pixels.
+        resize_size: what the shorter side is resized to before, in pixels.
 
     Raises:
         ImageError: the file is missing or is no image that Pillow can read.
     """
     try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"no image at {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ImageError(f"cannot read the image {path}: {reason}") from error
-    square = ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), method=Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+        picture = read_picture(path)
+    except DataError as error:
+        raise ImageError(str(error)) from error
+    return evaluation_transform(image_size, resize_size)(picture)[None]
 
 
 @torch.inference_mode()
@@ -89,8 +98,9 @@ def predict(config: PredictConfig) -> list[Prediction]:
         ConfigError, CheckpointError, ImageError: what was asked for cannot be had.
     """
     device = resolve_device(config.device)
-    images = torch.cat([read_image(path) for path in config.images]).to(device)
     model, content = load_model(config.checkpoint, device=device, fused=config.fused)
+    sizes = content["image_size"], content["resize_size"]
+    images = torch.cat([read_image(path, *sizes) for path in config.images]).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
     logits = model(normalize(images, content["mean"], content["std"]))
     top = logits.softmax(1).topk(min(config.top, len(content["classes"])))

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.data import Batches, Dataset, load, split
+from fastres.data import (
+    Batches,
+    DataError,
+    Dataset,
+    PictureBatches,
+    PictureFolder,
+    PictureSet,
+    load,
+)
+from fastres.data.folder import resize_size
 from fastres.train import checkpoint
 from fastres.train.config import TrainConfig, differences, from_dict, to_dict
 from fastres.train.curves import draw_curves
@@ -31,13 +40,25 @@ from fastres.train.errors import (
 )
 from fastres.train.files import write_json
 from fastres.train.model import build_model, resolve_device
+from fastres.train.parts import (
+    Part,
+    check_pictures,
+    divide,
+    image_size,
+    split_content,
+    stem_for,
+    worker_count,
+)
 from fastres.train.report import Report
 from fastres.train.run_folder import RunFolder
 from fastres.train.seed import random_state, seed_everything, set_random_state
 from fastres.version import __version__
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL_KEYS = frozenset({"model", "model_name", "model_arguments", "classes", "mean", "std", "data"})
+MODEL_KEYS = frozenset({
+    "model", "model_name", "model_arguments", "classes", "mean", "std", "data", "image_size",
+    "resize_size", "split",
+})  # fmt: skip
 RUN_KEYS = MODEL_KEYS | {
     "config", "optimizer", "scheduler", "scaler", "early_stopping", "epoch", "meter", "history",
     "random",
@@ -196,11 +217,18 @@ class Result:
 class _Run:
     """All that changes while a run goes on, and so all that its checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset | PictureFolder, device: torch.device
+    ) -> None:
         self.config = config
+        self.image_size = image_size(dataset, config)
         self.model_name = config.model
-        self.model_arguments = {"stem": "cifar", "num_classes": len(dataset.classes)}
+        self.model_arguments = {
+            "stem": stem_for(self.image_size, config),
+            "num_classes": len(dataset.classes),
+        }
         self.dataset = dataset
+        self.split = split_content(dataset, config)
         model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
@@ -227,6 +255,9 @@ class _Run:
             "classes": list(self.dataset.classes),
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
+            "image_size": self.image_size,
+            "resize_size": resize_size(self.image_size),
+            "split": self.split,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
         }
@@ -254,6 +285,11 @@ class _Run:
     def load_last(self, path: Path) -> None:
         content = checkpoint.load(path, RUN_KEYS)
         _refuse_other_settings(path, from_dict(content["config"]), self.config)
+        if content["split"]["fingerprint"] != self.split["fingerprint"]:
+            raise RunFolderError(
+                f"cannot resume {path}: {self.split['path']} has other pictures than "
+                f"{content['split']['path']} had when the run began"
+            )
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -334,15 +370,21 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     """
     device = resolve_device(config.device)
     dataset = load(config.data, config.root)
-    train_index, valid_index = split(len(dataset.train), config.valid_ratio, config.seed)
+    size, workers = image_size(dataset, config), worker_count(config.workers)
+    parts = divide(dataset, config)
+    if not config.resume:  # a run that goes on was checked when it began
+        check_pictures(parts, size, workers, progress=progress)
 
-    def batches(part: Any, **options: Any) -> Batches:
-        images = part.to(device)
-        return Batches(images, config.batch_size, dataset.mean, dataset.std, **options)
+    def batches(part: Part, **options: Any) -> Batches | PictureBatches:
+        common = (config.batch_size, dataset.mean, dataset.std)
+        if isinstance(part, PictureSet):
+            options |= {"image_size": size, "resize_size": resize_size(size), "workers": workers}
+            return PictureBatches(part, *common, device=device, **options)
+        return Batches(part.to(device), *common, **options)
 
-    train = batches(dataset.train[train_index], augment=True, seed=config.seed)
-    valid = batches(dataset.train[valid_index])
-    test = batches(dataset.test)
+    train = batches(parts[0], augment=True, seed=config.seed)
+    valid = batches(parts[1])
+    test = batches(parts[2])
 
     seed_everything(config.seed)
     run = _Run(config, dataset, device)
@@ -381,6 +423,9 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                 validation = evaluate(run.model, valid, amp=amp, on_step=leave_if_asked)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}") from error
+            except DataError:  # a picture went missing: between two steps, so nothing is lost
+                run.save_last(folder.last)
+                raise
             _end_epoch(run, validation, folder, report)
 
         run.load_best(folder.best)

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastres.data.datasets import FOLDER
 from fastres.train.config import ConfigError, TrainConfig, from_dict, to_dict
 from fastres.train.errors import RunFolderError
 from fastres.train.files import write_json, write_text
@@ -32,7 +33,9 @@ class RunFolder:
             RunFolderError: there is something in the folder already.
         """
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = config.out or Path("runs") / f"{config.data}-{config.model}-{time}"
+        # A folder of pictures is called by its own name, not by its whole path.
+        data = Path(config.data.removeprefix(FOLDER)).resolve().name
+        path = config.out or Path("runs") / f"{data}-{config.model}-{time}"
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(
                 f"{path} is not empty: choose another --out, or --resume the run in it"

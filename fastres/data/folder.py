@@ -1,0 +1,390 @@
+"""Own pictures: class folders on the disk, checked before use, read by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from fastres.data.augment import normalize
+from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
+from fastres.data.errors import DataError
+
+# Per channel, of ImageNet's training images scaled to [0, 1]: what torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PARTS = ("train", "valid", "test")
+LARGEST_SMALL_SIZE = 64  # pixels: up to here pictures are not cropped and the CIFAR stem fits
+MIN_SHARE = 8  # a side below the image size over this would be mostly interpolation
+MAX_NAMED = 5  # faults that an error names one by one
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Picture files and their labels (N,) int64."""
+
+    paths: tuple[str, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor) -> PictureSet:
+        """The pictures at the positions `index` (M,) int64."""
+        return PictureSet(tuple(self.paths[i] for i in index.tolist()), self.labels[index])
+
+    def check(
+        self, min_side: int, *, workers: int = 1, on_picture: Callable[[], None] | None = None
+    ) -> None:
+        """Decode every picture, in `workers` threads, and call `on_picture` after each.
+
+        Raises:
+            DataError: pictures cannot be read or have a side below `min_side` pixels; it names
+                the first of them.
+        """
+
+        def fault(path: str) -> str | None:
+            try:
+                width, height = read_picture(path).size
+            except DataError as error:
+                return str(error)
+            if min(width, height) < min_side:
+                return f"{path} has {width} x {height} pixels, expected at least {min_side} a side"
+            return None
+
+        faults = []
+        with ThreadPoolExecutor(max(1, workers)) as threads:
+            for found in threads.map(fault, self.paths):
+                if found:
+                    faults.append(found)
+                if on_picture:
+                    on_picture()
+        if faults:
+            rest = f"; and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
+            raise DataError(
+                f"{len(faults)} of {len(self)} pictures cannot be used: "
+                f"{'; '.join(faults[:MAX_NAMED])}{rest}"
+            )
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Pictures by class: a training part, and the other parts where they have their folders."""
+
+    path: Path
+    classes: tuple[str, ...]
+    train: PictureSet
+    valid: PictureSet | None = None
+    test: PictureSet | None = None
+    mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names of all pictures: the same names are split in the same way."""
+        names = [
+            os.path.relpath(path, self.path)
+            for part in (self.train, self.valid, self.test)
+            if part is not None
+            for path in part.paths
+        ]
+        return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def split(
+        self, valid_ratio: float, test_ratio: float, seed: int
+    ) -> tuple[PictureSet, PictureSet, PictureSet]:
+        """Training, validation and test part.
+
+        A part without a folder of its own is held out of the training pictures: of each class
+        that share, at least one picture, as the seed and the names say.
+
+        Raises:
+            DataError: a class would have no picture left for training.
+        """
+        held_out = (
+            0.0 if self.valid is not None else valid_ratio,
+            0.0 if self.test is not None else test_ratio,
+        )
+        pieces: tuple[list[Tensor], ...] = ([], [], [])
+        for label, name in enumerate(self.classes):
+            (positions,) = torch.nonzero(self.train.labels == label, as_tuple=True)
+            counts = [max(1, round(len(positions) * share)) if share else 0 for share in held_out]
+            if sum(counts) >= len(positions):
+                raise DataError(
+                    f"class {name} in {self.path} has {len(positions)} pictures, but {counts[0]} "
+                    f"for validation and {counts[1]} for testing are to be held out of them"
+                )
+            order = torch.randperm(len(positions), generator=generator(SPLIT, seed, label))
+            sizes = [len(positions) - sum(counts), *counts]
+            for piece, index in zip(pieces, order.split(sizes), strict=True):
+                piece.append(positions[index.sort().values])
+        train, valid, test = (self.train[torch.cat(piece)] for piece in pieces)
+        return (
+            train,
+            valid if self.valid is None else self.valid,
+            test if self.test is None else self.test,
+        )
+
+
+def folder(path: str | Path) -> PictureFolder:
+    """The pictures in PATH/CLASS/..., or in PATH/train/CLASS/... and PATH/valid, PATH/test.
+
+    Folders within a class's folder belong to it; names that begin with a dot are left out. No
+    picture is opened.
+
+    Raises:
+        DataError: there is no such folder, it is laid out in another way, a class has no picture,
+            a file is no picture by its suffix, or there is but one class.
+    """
+    path = Path(path).expanduser().resolve()
+    inside = _folders(path, "a folder of pictures")
+    given = [entry.name for entry in inside if entry.name in PARTS]
+    if "train" not in given:
+        if given == [entry.name for entry in inside]:
+            raise DataError(f"{path} has {' and '.join(given)} but no train folder")
+        classes, train = _classes(path, inside)
+        return PictureFolder(path, classes, train)
+    if other := [entry for entry in inside if entry.name not in PARTS]:
+        raise DataError(
+            f"{other[0]} stands beside {path / 'train'}: expected no folder but "
+            f"{', '.join(PARTS)} there"
+        )
+    classes, train = _classes(path / "train", _folders(path / "train", "class folders"))
+    valid, test = (
+        _held_out(path / name, classes) if name in given else None for name in ("valid", "test")
+    )
+    return PictureFolder(path, classes, train, valid, test)
+
+
+def _visible(path: Path) -> list[Path]:
+    """What is in a folder, by name."""
+    return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+
+
+def _folders(path: Path, expected: str) -> list[Path]:
+    """The folders in a folder, which has nothing else."""
+    if not path.exists():
+        raise DataError(f"there is no folder {path}: expected {expected}")
+    if not path.is_dir():
+        raise DataError(f"{path} is a file, expected {expected}")
+    entries = _visible(path)
+    if not entries:
+        raise DataError(f"{path} is empty, expected class folders in it")
+    for entry in entries:
+        if not entry.is_dir():
+            raise DataError(f"{entry} is a file, expected nothing but folders in {path}")
+    return entries
+
+
+def _classes(path: Path, entries: Sequence[Path]) -> tuple[tuple[str, ...], PictureSet]:
+    """The class folders' names, and the pictures in them."""
+    classes = tuple(entry.name for entry in entries)
+    if len(classes) < 2:
+        raise DataError(f"{path} has the one class {classes[0]}, expected at least two")
+    return classes, _pictures(entries, classes)
+
+
+def _held_out(path: Path, classes: tuple[str, ...]) -> PictureSet:
+    """The pictures of a part's own folder; it need not have every class."""
+    entries = _folders(path, "class folders")
+    for entry in entries:
+        if entry.name not in classes:
+            raise DataError(f"{entry} is a class that {path.parent / 'train'} does not have")
+    return _pictures(entries, classes)
+
+
+def _pictures(entries: Sequence[Path], classes: tuple[str, ...]) -> PictureSet:
+    """The pictures in class folders, class by class and by name."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for entry in entries:
+        found = list(_files(entry))
+        if not found:
+            raise DataError(f"class {entry.name} has no picture: {entry} is empty")
+        paths += found
+        labels += [classes.index(entry.name)] * len(found)
+    return PictureSet(tuple(paths), torch.tensor(labels))
+
+
+def _files(path: Path) -> Iterator[str]:
+    for entry in _visible(path):
+        if entry.is_dir():
+            yield from _files(entry)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield str(entry)
+        else:
+            raise DataError(f"{entry} is no picture: expected one of {', '.join(SUFFIXES)}")
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture in a file, decoded, upright and in RGB.
+
+    Raises:
+        DataError: the file is missing or is no picture that Pillow can read.
+    """
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"no image at {path}") from error
+    except Exception as error:  # each of Pillow's decoders has errors of its own for damage
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
+        raise DataError(f"cannot read the image {path}: {reason}") from error
+
+
+def resize_size(image_size: int) -> int:
+    """What evaluation resizes the shorter side to, before it cuts out the middle.
+
+    torchvision's 256 for 224; small pictures are kept whole.
+    """
+    return image_size if image_size <= LARGEST_SMALL_SIZE else round(image_size / 0.875)
+
+
+def training_transform(image_size: int) -> v2.Transform:
+    """A random resized crop, mirrored with probability one half: a picture to (3, H, W) uint8."""
+    return v2.Compose(
+        [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+
+
+def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
+    """Resize the shorter side, cut out the middle: a picture to (3, H, W) uint8."""
+    return v2.Compose([v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+
+
+class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
+    """Transformed pictures (H, W, 3) uint8 by position, in a worker process.
+
+    What is random in the transform is a function of `key` and the position. A picture that cannot
+    be read is returned as its error: raised here, it would come out with the worker's traceback.
+    """
+
+    def __init__(self, paths: Sequence[str], transform: v2.Transform, key: Sequence[int]) -> None:
+        self.paths = paths
+        self.transform = transform
+        self.key = tuple(key)
+
+    def __getitem__(self, position: int) -> Tensor | DataError:
+        try:
+            picture = read_picture(self.paths[position])
+        except DataError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(PICTURE, *self.key, position))
+            return self.transform(picture).permute(1, 2, 0)
+
+
+def _stack(pictures: list[Tensor | DataError]) -> Tensor | DataError:
+    """(N, H, W, 3), or the first error."""
+    tensors = []
+    for picture in pictures:
+        if isinstance(picture, DataError):
+            return picture
+        tensors.append(picture)
+    return torch.stack(tensors)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the parent ends its step, and then us."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class PictureBatches:
+    """Batches of normalised float32 pictures (N, 3, H, W), channels_last, and their labels (N,).
+
+    Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
+    shuffled, each a random resized crop, mirrored with probability one half. All of it is a
+    function of (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch.
+
+    Args:
+        part: the files and labels.
+        batch_size: pictures a batch; the last batch may be smaller.
+        mean, std: per channel, of pictures scaled to [0, 1].
+        image_size: height and width of a picture in a batch, in pixels.
+        resize_size: what the shorter side is resized to without augmentation, in pixels.
+        device: where the batches are wanted.
+        workers: processes that read the files; 0 reads them in this one.
+        augment: shuffle, crop and flip.
+        seed: of the order and of the augmentation.
+
+    Raises:
+        DataError: from the iteration, naming a picture that cannot be read.
+    """
+
+    def __init__(
+        self,
+        part: PictureSet,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        image_size: int,
+        resize_size: int,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.part = part
+        self.batch_size = batch_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.device = torch.device(device)
+        self.workers = workers
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        self.transform = (
+            training_transform(image_size)
+            if augment
+            else evaluation_transform(image_size, resize_size)
+        )
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return -(-len(self.part) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration takes."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from number `first` on, exactly as a full iteration would give them."""
+        n = len(self.part)
+        order = torch.arange(n)
+        if self.augment:
+            order = torch.randperm(n, generator=generator(EPOCH, self.seed, self.epoch))
+        batches = order.split(self.batch_size)[first:]
+        loader = DataLoader(
+            _Reader(self.part.paths, self.transform, (self.seed, self.epoch)),
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=min(self.workers, len(batches)),
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
+        )
+        for batch, pictures in zip(batches, loader, strict=True):
+            if isinstance(pictures, DataError):
+                raise pictures
+            images = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            labels = self.part.labels[batch].to(self.device, non_blocking=True)
+            yield normalize(images, self.mean, self.std), labels
