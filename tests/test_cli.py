@@ -16,7 +16,7 @@ from fastres.cli import main
 OPTIONS = """
     --model --data --root --epochs --batch-size --lr --momentum --weight-decay --step-size
     --gamma --seed --valid-ratio --patience --device --amp --fused --no-fused --out --resume
-    --test-ratio --image-size --stem --workers
+    --test-ratio --image-size --stem --workers --weights --freeze
 """
 
 

@@ -108,7 +108,15 @@ class TrainConfig:
     """Height and width to which a folder's pictures are cut; left out: 224."""
 
     stem: StemName = "auto"
-    """The network's first layers; auto: cifar (no downsampling) up to 64 pixels, else imagenet."""
+    """The network's first layers; auto: imagenet with torchvision's weights, else cifar (no
+    downsampling) up to 64 pixels and imagenet above."""
+
+    weights: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    """Start from torchvision's (IMAGENET1K_V1, ...), or from a checkpoint or state_dict file; the
+    last layer is new where the classes differ."""
+
+    freeze: bool = False
+    """Train the last layer alone; the BatchNorms keep the statistics of --weights as well."""
 
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Processes that read a folder's pictures; left out: one a core, up to 8."""
@@ -143,6 +151,7 @@ class TrainConfig:
             _expect(self, "image_size", is_folder(self.data), "--data folder:PATH beside it")
         if self.workers is not None:
             _expect_whole(self, "workers", 0)
+        _expect(self, "freeze", not (self.freeze and self.weights is None), "--weights beside it")
         _expect_whole(self, "seed", 0)
         _expect(self, "seed", self.seed < 2**32, "a whole number below 2**32")
         _expect_real(self, "lr", lambda x: x > 0, "a number above 0")

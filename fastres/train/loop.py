@@ -52,6 +52,7 @@ from fastres.train.parts import (
 from fastres.train.report import Report
 from fastres.train.run_folder import RunFolder
 from fastres.train.seed import random_state, seed_everything, set_random_state
+from fastres.train.weights import freeze_body, keep_frozen_statistics, load_weights
 from fastres.version import __version__
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,6 +141,8 @@ def train_one_epoch(
 ) -> Meter:
     """One optimizer step of cross-entropy a batch, with the model in training mode.
 
+    A BatchNorm none of whose parameters is trained keeps its running statistics and uses them.
+
     Args:
         model: logits (N, classes) of images (N, C, H, W).
         batches: pairs of images and labels (N,) int64, on the model's device.
@@ -156,6 +159,7 @@ def train_one_epoch(
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     meter.since = time.perf_counter()
     model.train()
+    keep_frozen_statistics(model)
     for images, labels in batches:
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             logits = model(images)
@@ -230,6 +234,10 @@ class _Run:
         self.dataset = dataset
         self.split = split_content(dataset, config)
         model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
+        if config.weights is not None and not _has_checkpoint(config):
+            load_weights(model, config.model, config.weights, dataset.classes, progress=True)
+        if config.freeze:
+            freeze_body(model)
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -311,6 +319,11 @@ class _Run:
                 f"{self.stopping.best_epoch}: it is not this run's"
             )
         self.model.load_state_dict(content["model"])
+
+
+def _has_checkpoint(config: TrainConfig) -> bool:
+    """Whether the run goes on from a checkpoint, which holds everything that it began with."""
+    return config.resume and config.out is not None and RunFolder(config.out).last.exists()
 
 
 def _refuse_other_settings(path: Path, old: TrainConfig, new: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastres.data import DataError, Dataset, ImageSet, PictureFolder, PictureSet, split
 from fastres.data.folder import LARGEST_SMALL_SIZE, MIN_SHARE
 from fastres.train.config import TrainConfig
+from fastres.train.weights import torchvision_weights
 
 Part: TypeAlias = ImageSet | PictureSet
 FOLDER_IMAGE_SIZE = 224
@@ -26,9 +27,11 @@ def image_size(dataset: Dataset | PictureFolder, config: TrainConfig) -> int:
 
 
 def stem_for(size: int, config: TrainConfig) -> str:
-    """The model's stem: what the config says, or the one that fits images of this size."""
+    """The model's stem: what the config says, or the one that fits weights and image size."""
     if config.stem != "auto":
         return config.stem
+    if config.weights is not None and torchvision_weights(config.model, config.weights):
+        return "imagenet"
     return "cifar" if size <= LARGEST_SMALL_SIZE else "imagenet"
 
 
