@@ -62,17 +62,28 @@ class Profile:
     calls: list[Call]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value of an op's argument or result."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def _nbytes(value: Any) -> int:
     # An expanded tensor has fewer bytes than elements to show.
-    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in _tensors(value))
+    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors(value))
+
+
+def arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the op's schema gives them."""
+    return dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | dict(kwargs)
+
+
+def share_read(weight: Tensor, stride: Sequence[int]) -> float:
+    """The share of its input that a convolution reads: a 1×1 with a stride of 2 reads a quarter."""
+    return min(1.0, weight.shape[2] / stride[0]) * min(1.0, weight.shape[3] / stride[1])
 
 
 def _conv(name: str, given: Mapping[str, Any], outputs: Any) -> tuple[str, int]:
@@ -81,7 +92,7 @@ def _conv(name: str, given: Mapping[str, Any], outputs: Any) -> tuple[str, int]:
     kh, kw = weight.shape[2:]
     kind = "stem" if weight.shape[1] == 3 else f"{kh}x{kw}" + f" stride {stride}" * (stride > 1)
     if not name.endswith("_backward"):
-        return kind, 2 * next(_tensors(outputs)).numel() * weight[0].numel()
+        return kind, 2 * next(tensors(outputs)).numel() * weight[0].numel()
     passes = given["needs_input"] + given["needs_weight"]
     return f"{kind} backward", passes * 2 * given["dz"].numel() * weight[0].numel()
 
@@ -93,15 +104,13 @@ def classify(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: A
     that is changed in place twice.
     """
     name = op._schema.name.split("::")[1]
-    given = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | dict(kwargs)
+    given = arguments(op, args, kwargs)
     # The packed weight stands for the weight.
     nbytes = _nbytes([value for key, value in given.items() if key != "packed"]) + _nbytes(outputs)
     if name in CONVS:
         kind, flops = _conv(name, given, outputs)
-        weight, stride = given["weight"], given["stride"]
-        # Of a 1×1 convolution's input a stride of 2 leaves three quarters unread.
-        read = min(1.0, weight.shape[2] / stride[0]) * min(1.0, weight.shape[3] / stride[1])
-        return Call(kind, flops, nbytes - round((1 - read) * _nbytes(given["input"])))
+        unread = 1 - share_read(given["weight"], given["stride"])
+        return Call(kind, flops, nbytes - round(unread * _nbytes(given["input"])))
     if name == "add" and outputs.dim() == 4:
         return Call(SHARED_GRADIENT, 0, nbytes)
     if name not in KINDS:

@@ -41,7 +41,8 @@ def cifar(model: str, n: int) -> ModelCase:
 QUICK = ModelCase("resnet18", 32, 4, "cifar", short=True)
 
 
-def _shorten(model: nn.Module) -> None:
+def shorten(model: nn.Module) -> None:
+    """Leave one block in each stage."""
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         setattr(model, stage, getattr(model, stage)[:1])
 
@@ -58,7 +59,7 @@ def torchvision_model(case: ModelCase) -> nn.Module:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     if case.short:
-        _shorten(model)
+        shorten(model)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.0)
@@ -77,7 +78,7 @@ def fastres_model(case: ModelCase, theirs: nn.Module) -> nn.Module:
     build = getattr(models, case.model)
     ours = build(num_classes=case.classes, stem=case.stem, fused=True)
     if case.short:
-        _shorten(ours)
+        shorten(ours)
     ours.load_state_dict(theirs.state_dict())
     return ours.to(next(theirs.parameters()).device).train(theirs.training)
 

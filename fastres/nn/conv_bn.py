@@ -239,6 +239,8 @@ def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast wants a convolution to run in; None where it has no say, as in float64."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device == "meta" or x.dtype == torch.float64:
+        return None
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
