@@ -149,13 +149,13 @@ packages = ["fastres.kernels", "fastres"] + [
     ".".join(path.parent.relative_to(ROOT).parts)
     for path in (ROOT / "fastres").glob("*/__init__.py")
 ]
-test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3"]
+# What `fastres export --format onnx` needs, and the runtime that checks its file.
+onnx = ["onnx", "onnxscript", "onnxruntime"]
+test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", *onnx]
 bench = [
     "pytest-benchmark>=4",
     "pytest>=8",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
+    *onnx,
     "openvino",
     "ncnn",
     # No wheels for Linux on ARM.
@@ -196,7 +196,12 @@ setup(
         "rich>=13",
         "tyro>=0.9",
     ],
-    extras_require={"test": test, "bench": bench, "dev": [*test, *bench, *lint, *cross]},
+    extras_require={
+        "onnx": onnx,
+        "test": test,
+        "bench": bench,
+        "dev": [*test, *bench, *lint, *cross],
+    },
     entry_points={"console_scripts": ["fastres = fastres.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

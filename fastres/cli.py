@@ -1,4 +1,4 @@
-"""`fastres train | eval | predict | env`: arguments only; the work is in fastres.train."""
+"""`fastres train | eval | predict | export | env`: arguments only; no work is done here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 
 from fastres import env, train
 from fastres.data import DataError
+from fastres.export import ExportConfig, ExportError, export
 from fastres.train import EvalConfig, PredictConfig, TrainConfig, report
 from fastres.train.run_folder import RunFolder
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "predict": PredictConfig,
+    "export": ExportConfig,
     "env": EnvConfig,
 }
 
@@ -56,6 +58,8 @@ def run(config: Any) -> None:
         report.print_evaluation(
             config.checkpoint, data, meter.mean_loss, meter.accuracy, meter.images
         )
+    elif isinstance(config, ExportConfig):
+        print(export(config))
     else:
         report.print_predictions(train.predict(config))
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except train.RunInterruptedError as error:
         print(f"fastres: {error}", file=sys.stderr)
         return 130
-    except (train.ConfigError, DataError, train.TrainError, OSError) as error:
+    except (train.ConfigError, DataError, train.TrainError, ExportError, OSError) as error:
         print(f"fastres: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

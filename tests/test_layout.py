@@ -1,7 +1,7 @@
 """The import rules of the architecture: arrows point one way.
 
-cli -> train -> models -> nn -> ops; train -> data. `kernels/` imports only torch and triton and
-registers nothing; the C++ kernels' loops include no torch header.
+cli -> export -> train -> models -> nn -> ops; train -> data. `kernels/` imports only torch and
+triton and registers nothing; the C++ kernels' loops include no torch header.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ ALLOWED = {
     "models": {"nn", "ops"},
     "data": set(),
     "train": {"data", "models", "version"},
+    "export": {"train", "version"},
     "env": {"_C", "backends", "ops", "version"},
-    "cli": {"train", "data", "models", "env", "version"},
+    "cli": {"train", "export", "data", "models", "env", "version"},
 }
 
 

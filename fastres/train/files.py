@@ -12,14 +12,19 @@ from typing import Any, BinaryIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in `path`'s place in one step.
 
-    A process killed at any time leaves the old file or the new one, never a part.
+    A process killed at any time leaves the old file or the new one, never a part. After an error
+    (of `write`, or because the disk is full) there is the old file and nothing else.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     # The rename itself must reach the disk too, or a power cut could undo it.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
