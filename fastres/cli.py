@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -12,7 +13,8 @@ import tyro
 from fastres import env, train
 from fastres.data import DataError
 from fastres.export import ExportConfig, ExportError, export
-from fastres.train import EvalConfig, PredictConfig, TrainConfig, report
+from fastres.train import RECIPES, EvalConfig, PredictConfig, TrainConfig, report
+from fastres.train.config import RecipeName
 from fastres.train.run_folder import RunFolder
 
 
@@ -30,21 +32,34 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """The options of `fastres train` that say where its other settings come from."""
+
+    recipe: RecipeName = "standard"
+    out: Path | None = None
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
 def parse(arguments: Sequence[str]) -> Any:
     """The config of the command in `arguments`.
 
-    With `train --resume` the settings that are not given are those of the run in --out.
+    The settings of `train` that are not given are those of the recipe, with --resume those of the
+    run in --out.
     """
-    config = tyro.extras.subcommand_cli_from_dict(
+    if list(arguments[:1]) == ["train"]:
+        prog, rest = "fastres train", arguments[1:]
+        start, _ = tyro.cli(_Start, prog=prog, args=rest, return_unknown_args=True, add_help=False)
+        default = RECIPES[start.recipe]
+        if start.resume and start.out is not None:
+            default = RunFolder.existing(start.out).read_config()
+        return tyro.cli(TrainConfig, prog=prog, args=rest, default=default)
+    return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="fastres",
         description="ResNets made fast without changing their answers.",
         args=arguments,
     )
-    if isinstance(config, TrainConfig) and config.resume and config.out is not None:
-        saved = RunFolder.existing(config.out).read_config()
-        config = tyro.cli(TrainConfig, prog="fastres train", args=arguments[1:], default=saved)
-    return config
 
 
 def run(config: Any) -> None:

@@ -1,5 +1,6 @@
 """The command line, as a stranger meets it."""
 
+import dataclasses
 import runpy
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import torch
 from PIL import Image
 
 from fastres import data, train
-from fastres.cli import main
+from fastres.cli import main, parse
+from fastres.train.run_folder import RunFolder
 
 OPTIONS = """
-    --model --data --root --epochs --batch-size --lr --momentum --weight-decay --step-size
-    --gamma --seed --valid-ratio --patience --device --amp --fused --no-fused --out --resume
+    --recipe --model --data --root --epochs --batch-size --lr --schedule --warmup --step-size
+    --gamma --momentum --nesterov --no-nesterov --weight-decay --decay-norm --no-decay-norm
+    --label-smoothing --cutout --ema --seed --valid-ratio --patience --device --amp
+    --channels-last --no-channels-last --fused --no-fused --out --resume
     --test-ratio --image-size --stem --workers --weights --freeze
 """
 
@@ -65,7 +69,9 @@ class TestOptions:
             "train --model resnet34 --data cifar10 --root r --epochs 2 --batch-size 3 --lr 0.4 "
             "--momentum 0.5 --weight-decay 0.6 --step-size 7 --gamma 0.8 --seed 9 "
             "--valid-ratio 0.3 --patience 11 --device cpu --amp bf16 --no-fused --out o "
-            "--stem imagenet --workers 0 --test-ratio 0.4"
+            "--stem imagenet --workers 0 --test-ratio 0.4 "
+            "--schedule cosine --warmup 0.1 --nesterov --no-decay-norm --label-smoothing 0.05 "
+            "--cutout 5 --ema 0.9 --no-channels-last"
         )
         assert main(arguments.split()) == 0
         assert configs == [
@@ -90,8 +96,50 @@ class TestOptions:
                 stem="imagenet",
                 workers=0,
                 test_ratio=0.4,
+                schedule="cosine",
+                warmup=0.1,
+                nesterov=True,
+                decay_norm=False,
+                label_smoothing=0.05,
+                cutout=5,
+                ema=0.9,
+                channels_last=False,
             )
         ]
+
+
+class TestRecipes:
+    def parsed(self, arguments: str) -> Any:
+        return parse(arguments.split())
+
+    def test_recipe_gives_the_settings_that_are_not_given(self) -> None:
+        config = self.parsed("train --epochs 10 --recipe best --lr 0.3 --nesterov")
+        assert config == train.recipe("best", epochs=10, lr=0.3)
+        assert self.parsed("train") == train.TrainConfig() == train.RECIPES["standard"]
+
+    def test_help_shows_the_recipes_defaults(self, capsys: pytest.CaptureFixture[str]) -> None:
+        lines = {}
+        for name, config in train.RECIPES.items():
+            code, help_text, _ = run(f"train --recipe {name} --help", capsys)
+            assert code == 0
+            assert f"(default: {config.schedule})" in " ".join(help_text.split())
+            assert f"(default: {config.epochs})" in " ".join(help_text.split())
+            assert "recipe-version" not in help_text
+            lines[name] = help_text
+        assert lines["standard"] != lines["best"] != lines["best-short"]
+
+    def test_resume_keeps_the_runs_own_settings(self, tmp_path: Path) -> None:
+        started = train.recipe("best", epochs=10, cutout=3, out=tmp_path)
+        RunFolder.create(started)
+        resumed = self.parsed(f"train --resume --out {tmp_path}")
+        assert resumed == dataclasses.replace(started, resume=True)
+        assert self.parsed(f"train --out {tmp_path} --resume --epochs 12").epochs == 12
+
+    def test_unknown_recipe(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, error = run("train --recipe worst", capsys)
+        assert code == 2
+        for word in ("--recipe", "standard", "best-short"):
+            assert word in error
 
 
 class TestErrors:

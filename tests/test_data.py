@@ -169,6 +169,35 @@ class TestAugmentation:
         for image, result in zip(images, ours, strict=True):
             assert torch.equal(result, theirs(Image.fromarray(image.permute(1, 2, 0).numpy())))
 
+    @pytest.mark.parametrize("side", [1, 4, 7, 64])
+    def test_cutout_is_a_square_of_zeros(self, side: int) -> None:
+        row, column = torch.cartesian_prod(torch.arange(8), torch.arange(10)).T
+        images = torch.rand(80, 3, 8, 10) + 1
+        expected = images.clone()
+        for image, r, c in zip(expected, row.tolist(), column.tolist(), strict=True):
+            top, left = r - side // 2, c - side // 2
+            image[:, max(top, 0) : top + side, max(left, 0) : left + side] = 0
+        assert data.cutout(images, row, column, side) is images
+        assert torch.equal(images, expected)
+
+    def test_cutout_changes_nothing_else_of_a_batch(self) -> None:
+        """Order, crop and flip are as without, and the squares are new in every epoch."""
+        plain, cut = (
+            data.Batches(numbered(30), 8, MEAN, STD, augment=True, seed=3, cutout=side)
+            for side in (0, 6)
+        )
+        holes = []
+        for epoch in range(2):
+            plain.set_epoch(epoch)
+            cut.set_epoch(epoch)
+            for (a, labels), (b, same) in zip(plain, cut, strict=True):
+                assert torch.equal(labels, same)
+                hole = (b == 0).all(1)
+                assert hole.flatten(1).any(1).all()
+                assert torch.equal(a.masked_fill(hole[:, None], 0), b)
+                holes.append(hole)
+        assert not torch.equal(holes[0], holes[4])
+
     def test_draws_are_uniform(self) -> None:
         """Over 10,000 images every crop and both flips come equally often."""
         corner = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
@@ -238,6 +267,15 @@ class TestBatches:
             for (a, b), (c, d) in zip(whole[first:], rest, strict=True):
                 assert torch.equal(a, c)
                 assert torch.equal(b, d)
+
+    @pytest.mark.parametrize("augment", [False, True])
+    def test_memory_layout_is_a_choice(self, augment: bool) -> None:
+        for channels_last in (True, False):
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            batches = data.Batches(
+                numbered(6), 4, MEAN, STD, augment=augment, channels_last=channels_last
+            )
+            assert all(images.is_contiguous(memory_format=layout) for images, _ in batches)
 
     def test_without_augmentation_nothing_is_changed(self) -> None:
         part = numbered(10)

@@ -19,6 +19,7 @@ from fastres.cli import main
 from fastres.data import draws
 from fastres.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from fastres.train import checkpoint, loop, parts
+from fastres.train.run import MODEL_KEYS, RUN_KEYS
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -232,6 +233,17 @@ class TestBatches:
         assert not torch.equal(first, epoch(5, 3))
         assert not torch.equal(first, epoch(6, 2))
 
+    def test_cutout_changes_nothing_else(self, part: data.PictureSet) -> None:
+        """Order, crop and flip are as without, in the middle of an epoch too."""
+        plain, cut = (batches(part, augment=True, seed=3, cutout=side) for side in (0, 9))
+        for (a, labels), (b, same) in zip(plain.iterate(1), cut.iterate(1), strict=True):
+            assert torch.equal(labels, same)
+            hole = (b == 0).all(1)
+            assert hole.flatten(1).any(1).all()
+            assert torch.equal(a.masked_fill(hole[:, None], 0), b)
+        whole = [images for images, _ in cut]
+        assert all(torch.equal(a, b) for a, (b, _) in zip(whole[1:], cut.iterate(1), strict=True))
+
     def test_pictures_stay_with_their_labels(self, part: data.PictureSet) -> None:
         """The classes differ in brightness, whatever is cut out of a picture."""
         for images, labels in batches(part, augment=True):
@@ -287,7 +299,7 @@ class Tiny(nn.Sequential):
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("loop", "inference"):
+    for module in ("run", "inference"):
         monkeypatch.setattr(
             f"fastres.train.{module}.build_model",
             lambda name, arguments: Tiny(arguments["num_classes"]),
@@ -305,7 +317,7 @@ def fit(out: Path, source: Path, **changes: Any) -> train.Result:
 
 
 def last(out: Path) -> dict[str, Any]:
-    return checkpoint.load(out / "last.pt", loop.RUN_KEYS)
+    return checkpoint.load(out / "last.pt", RUN_KEYS)
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -492,7 +504,7 @@ def test_whole_road_at_224_pixels(
 
     said = fastres("train --data folder:pets --epochs 1 --batch-size 4 --device cpu --out run")
     assert "4 training, 2 validation, 2 test images" in said
-    content = checkpoint.load(Path("run/best.pt"), loop.MODEL_KEYS)
+    content = checkpoint.load(Path("run/best.pt"), MODEL_KEYS)
     assert (content["image_size"], content["resize_size"]) == (224, 256)
     assert content["model_arguments"] == {"stem": "imagenet", "num_classes": 2}
     assert content["mean"] == list(IMAGENET_MEAN)

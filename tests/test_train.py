@@ -18,6 +18,7 @@ from torch import nn
 
 from fastres import data, train
 from fastres.train import checkpoint, config, loop, seed
+from fastres.train import run as run_state
 from fastres.train.early_stopping import EarlyStopping
 from fastres.train.files import write_atomically
 
@@ -47,8 +48,9 @@ TIMES = ("images_per_second", "seconds")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a few hundred weights and 100 training images: an epoch takes milliseconds."""
-    for module in ("loop", "inference"):
+    for module in ("run", "inference"):
         monkeypatch.setattr(f"fastres.train.{module}.build_model", TINY_NAMES["build_model"])
+    for module in ("loop", "inference"):
         monkeypatch.setattr(f"fastres.train.{module}.load", TINY_NAMES["load"])
 
 
@@ -57,7 +59,7 @@ def fit(out: Path, **changes: Any) -> train.Result:
 
 
 def last(out: Path) -> dict[str, Any]:
-    return checkpoint.load(out / "last.pt", loop.RUN_KEYS)
+    return checkpoint.load(out / "last.pt", run_state.RUN_KEYS)
 
 
 def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,7 +72,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def assert_same_end(one: Path, other: Path) -> None:
     """Both runs came to the same weights, optimizer, best epoch and metrics, bit for bit."""
-    for name, keys in (("last.pt", loop.RUN_KEYS), ("best.pt", loop.MODEL_KEYS)):
+    for name, keys in (("last.pt", run_state.RUN_KEYS), ("best.pt", run_state.MODEL_KEYS)):
         a, b = (checkpoint.load(out / name, keys) for out in (one, other))
         assert a["epoch"] == b["epoch"]
         for key, value in a["model"].items():
@@ -94,7 +96,9 @@ class TestConfig:
         [
             ("model", "vgg", "resnet18 or resnet34"),
             ("data", "mnist", "sample or cifar10"),
-            ("amp", "fp8", "none or bf16 or fp16"),
+            ("amp", "fp8", "none or bf16 or fp16 or auto"),
+            ("recipe", "worst", "standard or best or best-short"),
+            ("schedule", "poly", "step or cosine or one-cycle"),
             ("epochs", 0, "a whole number, at least 1"),
             ("batch_size", 2.5, "a whole number, at least 1"),
             ("step_size", -1, "a whole number, at least 1"),
@@ -107,6 +111,10 @@ class TestConfig:
             ("weight_decay", -1e-4, "at least 0"),
             ("gamma", 0.0, "a number in \\(0, 1\\]"),
             ("valid_ratio", 0.0, "a number in \\(0, 1\\)"),
+            ("label_smoothing", 1.0, "a number in \\[0, 1\\)"),
+            ("ema", -0.1, "a number in \\[0, 1\\)"),
+            ("warmup", 0.2, "0 with the step schedule"),
+            ("cutout", 1.5, "a whole number, at least 0"),
             ("resume", True, "--out DIR"),
         ],
     )
@@ -179,7 +187,7 @@ class TestEarlyStopping:
         tested: list[dict[str, torch.Tensor]] = []
         real = loop.evaluate
 
-        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> loop.Meter:
+        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> train.Meter:
             meter = real(model, batches, **options)
             weights = {k: v.clone() for k, v in model.state_dict().items()}
             if len(batches.part) == 40:
@@ -286,7 +294,7 @@ class TestFit:
     def test_parts_can_be_used_apart(self) -> None:
         sample = data.sample()
         batches = data.Batches(sample.train[torch.arange(32)], 8, sample.mean, sample.std)
-        model = loop.build_model("resnet18", {"num_classes": 10})
+        model = run_state.build_model("resnet18", {"num_classes": 10})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         first = train.train_one_epoch(model, batches, optimizer)
         for _ in range(4):
@@ -338,8 +346,8 @@ class TestCheckpoint:
 
     def test_missing_keys_are_named(self, tmp_path: Path) -> None:
         fit(tmp_path / "run", epochs=1)
-        with pytest.raises(train.CheckpointError, match=r"best\.pt lacks config, early_stopping"):
-            checkpoint.load(tmp_path / "run" / "best.pt", loop.RUN_KEYS)
+        with pytest.raises(train.CheckpointError, match=r"best\.pt lacks averaging, config"):
+            checkpoint.load(tmp_path / "run" / "best.pt", run_state.RUN_KEYS)
 
 
 @pytest.fixture(scope="module")
@@ -370,10 +378,11 @@ import os, signal, sys
 from pathlib import Path
 from fastres import train
 from fastres.train import loop, report
+from fastres.train import run as run_state
 
-loop.build_model, loop.load = build_model, load
+run_state.build_model, loop.load = build_model, load
 runs = []
-init, step, replace = loop._Run.__init__, report.Report.training_step, os.replace
+init, step, replace = run_state.Run.__init__, report.Report.training_step, os.replace
 point = None
 
 def shoot(run, target):
@@ -385,7 +394,7 @@ def replacing(source, target):
         shoot(runs[0], Path(target).name)
     replace(source, target)
 
-loop._Run.__init__ = lambda run, *args: (runs.append(run), init(run, *args))[1]
+run_state.Run.__init__ = lambda run, *args: (runs.append(run), init(run, *args))[1]
 report.Report.training_step = lambda self, meter: (step(self, meter), shoot(runs[0], None))[0]
 os.replace = replacing
 
@@ -485,7 +494,7 @@ class TestResume:
     def test_early_stopping_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = loop.evaluate
 
-        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> loop.Meter:
+        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> train.Meter:
             meter = real(model, batches, **options)
             meter.correct = 5
             return meter
@@ -512,7 +521,7 @@ class TestResume:
 
     def test_best_of_another_run(self, tmp_path: Path) -> None:
         fit(tmp_path)
-        content = checkpoint.load(tmp_path / "best.pt", loop.MODEL_KEYS)
+        content = checkpoint.load(tmp_path / "best.pt", run_state.MODEL_KEYS)
         checkpoint.save(tmp_path / "best.pt", {**content, "epoch": 99})
         with pytest.raises(train.CheckpointError, match=r"best\.pt is of epoch 99"):
             fit(tmp_path, resume=True)
@@ -571,7 +580,7 @@ class TestPredict:
         assert meter.mean_loss == pytest.approx(result.test_loss)
 
     def test_eval_refuses_other_classes(self, best: Path) -> None:
-        content = checkpoint.load(best, loop.MODEL_KEYS)
+        content = checkpoint.load(best, run_state.MODEL_KEYS)
         checkpoint.save(best, {**content, "classes": ["cat"] * 10})
         with pytest.raises(data.DataError, match="sample has other classes than"):
             train.evaluate_checkpoint(train.EvalConfig(best))

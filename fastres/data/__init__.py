@@ -1,6 +1,6 @@
 """Data sets in memory and in folders, the seeded split, and augmentation."""
 
-from fastres.data.augment import normalize, random_crop_flip
+from fastres.data.augment import cutout, normalize, random_crop_flip
 from fastres.data.batches import Batches, split
 from fastres.data.datasets import Dataset, ImageSet, cifar10, load, sample
 from fastres.data.errors import DataError
@@ -15,6 +15,7 @@ __all__ = [
     "PictureFolder",
     "PictureSet",
     "cifar10",
+    "cutout",
     "folder",
     "load",
     "normalize",

@@ -39,6 +39,27 @@ def random_crop_flip(
     return flipped.permute(0, 3, 1, 2)
 
 
+def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Set a square of every image to zero, which is the mean of normalised images, in place.
+
+    Cutout as in DeVries and Taylor 2017: the centre is anywhere, so the square may be cut off.
+
+    Args:
+        images: (N, C, H, W) floating, changed.
+        row, column: (N,) int64, the square's centre.
+        side: of the square in pixels; it begins side // 2 before the centre.
+
+    Returns:
+        `images`.
+    """
+    h, w = images.shape[2:]
+    top, left = (row - side // 2)[:, None], (column - side // 2)[:, None]
+    rows, columns = (torch.arange(size, device=images.device) for size in (h, w))
+    in_rows = (rows >= top) & (rows < top + side)
+    in_columns = (columns >= left) & (columns < left + side)
+    return images.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std per channel: (N, C, H, W) uint8 to float32, memory layout kept.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastres.data.augment import normalize, random_crop_flip
+from fastres.data.augment import cutout, normalize, random_crop_flip
 from fastres.data.datasets import ImageSet
 from fastres.data.draws import EPOCH, SPLIT, generator
 from fastres.data.errors import DataError
@@ -30,19 +30,22 @@ def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Batches:
-    """Batches of normalised float32 images (N, C, H, W), channels_last, and their labels (N,).
+    """Batches of normalised float32 images (N, C, H, W) and their labels (N,).
 
     Without augmentation: the images in their own order. With it: shuffled, each image cropped at
-    random out of itself padded with `padding` zeros and mirrored with probability one half. All of
-    it is a function of (seed, epoch); call `set_epoch` before each epoch.
+    random out of itself padded with `padding` zeros, mirrored with probability one half, and a
+    square of `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch);
+    call `set_epoch` before each epoch.
 
     Args:
         part: the images and labels, on the device where the batches are wanted.
         batch_size: images a batch; the last batch may be smaller.
         mean, std: per channel, of images scaled to [0, 1].
-        augment: shuffle, crop and flip.
+        augment: shuffle, crop, flip and cut out.
         seed: of the order and of the augmentation.
         padding: pixels on every side of which the crop is taken.
+        cutout: side of the square in pixels; 0 is none.
+        channels_last: the batches' memory layout.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Batches:
         augment: bool = False,
         seed: int = 0,
         padding: int = 4,
+        cutout: int = 0,
+        channels_last: bool = True,
     ) -> None:
         self.part = part
         self.batch_size = batch_size
@@ -63,6 +68,8 @@ class Batches:
         self.augment = augment
         self.seed = seed
         self.padding = padding
+        self.cutout = cutout
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -84,15 +91,20 @@ class Batches:
         if not self.augment:
             for start in starts:
                 batch = slice(start, start + self.batch_size)
-                images = self.part.images[batch]
-                yield normalize(images, self.mean, self.std), self.part.labels[batch]
+                images = normalize(self.part.images[batch], self.mean, self.std)
+                yield images.contiguous(memory_format=self.layout), self.part.labels[batch]
             return
         draw = generator(EPOCH, self.seed, self.epoch)
         order = torch.randperm(n, generator=draw).to(device)
         top, left = torch.randint(2 * self.padding + 1, (2, n), generator=draw).to(device)
         flip = torch.randint(2, (n,), generator=draw).bool().to(device)
+        h, w = self.part.images.shape[2:]  # the centres are drawn last, so the rest is as without
+        row, column = (torch.randint(size, (n,), generator=draw).to(device) for size in (h, w))
         for start in starts:
             batch = slice(start, start + self.batch_size)
             images = self.part.images[order[batch]]
             images = random_crop_flip(images, top[batch], left[batch], flip[batch], self.padding)
-            yield normalize(images, self.mean, self.std), self.part.labels[order[batch]]
+            images = normalize(images, self.mean, self.std)
+            if self.cutout:
+                cutout(images, row[batch], column[batch], self.cutout)
+            yield images.contiguous(memory_format=self.layout), self.part.labels[order[batch]]

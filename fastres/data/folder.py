@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from fastres.data.augment import normalize
+from fastres.data.augment import cutout, normalize
 from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
 from fastres.data.errors import DataError
 
@@ -305,11 +305,12 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 class PictureBatches:
-    """Batches of normalised float32 pictures (N, 3, H, W), channels_last, and their labels (N,).
+    """Batches of normalised float32 pictures (N, 3, H, W) and their labels (N,).
 
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
-    shuffled, each a random resized crop, mirrored with probability one half. All of it is a
-    function of (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch.
+    shuffled, each a random resized crop, mirrored with probability one half, and a square of
+    `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch), whatever
+    the number of workers; call `set_epoch` before each epoch.
 
     Args:
         part: the files and labels.
@@ -319,8 +320,10 @@ class PictureBatches:
         resize_size: what the shorter side is resized to without augmentation, in pixels.
         device: where the batches are wanted.
         workers: processes that read the files; 0 reads them in this one.
-        augment: shuffle, crop and flip.
+        augment: shuffle, crop, flip and cut out.
         seed: of the order and of the augmentation.
+        cutout: side of the square in pixels; 0 is none.
+        channels_last: the batches' memory layout.
 
     Raises:
         DataError: from the iteration, naming a picture that cannot be read.
@@ -339,6 +342,8 @@ class PictureBatches:
         workers: int = 0,
         augment: bool = False,
         seed: int = 0,
+        cutout: int = 0,
+        channels_last: bool = True,
     ) -> None:
         self.part = part
         self.batch_size = batch_size
@@ -348,6 +353,9 @@ class PictureBatches:
         self.workers = workers
         self.augment = augment
         self.seed = seed
+        self.cutout = cutout
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.image_size = image_size
         self.epoch = 0
         self.transform = (
             training_transform(image_size)
@@ -371,7 +379,9 @@ class PictureBatches:
         n = len(self.part)
         order = torch.arange(n)
         if self.augment:
-            order = torch.randperm(n, generator=generator(EPOCH, self.seed, self.epoch))
+            draw = generator(EPOCH, self.seed, self.epoch)
+            order = torch.randperm(n, generator=draw)
+            row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
         batches = order.split(self.batch_size)[first:]
         loader = DataLoader(
             _Reader(self.part.paths, self.transform, (self.seed, self.epoch)),
@@ -382,9 +392,15 @@ class PictureBatches:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
         )
+        start = first * self.batch_size
         for batch, pictures in zip(batches, loader, strict=True):
             if isinstance(pictures, DataError):
                 raise pictures
             images = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             labels = self.part.labels[batch].to(self.device, non_blocking=True)
-            yield normalize(images, self.mean, self.std), labels
+            images = normalize(images, self.mean, self.std)
+            now = slice(start, start + len(batch))
+            if self.augment and self.cutout:
+                cutout(images, row[now], column[now], self.cutout)
+            start = now.stop
+            yield images.contiguous(memory_format=self.layout), labels

@@ -1,4 +1,4 @@
-"""Training: the standard recipe, said once in `TrainConfig` and run by `fit`."""
+"""Training: recipes as values of `TrainConfig`, run by `fit`."""
 
 from fastres.train.config import ConfigError, EvalConfig, PredictConfig, TrainConfig
 from fastres.train.errors import (
@@ -10,9 +10,12 @@ from fastres.train.errors import (
     TrainError,
 )
 from fastres.train.inference import Prediction, evaluate_checkpoint, load_model, predict
-from fastres.train.loop import Meter, Result, evaluate, fit, train_one_epoch
+from fastres.train.loop import Result, evaluate, fit, train_one_epoch
+from fastres.train.meter import Meter
+from fastres.train.recipes import RECIPES, recipe
 
 __all__ = [
+    "RECIPES",
     "CheckpointError",
     "ConfigError",
     "EvalConfig",
@@ -31,5 +34,6 @@ __all__ = [
     "fit",
     "load_model",
     "predict",
+    "recipe",
     "train_one_epoch",
 ]

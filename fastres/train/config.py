@@ -13,7 +13,9 @@ from fastres.data.datasets import FOLDER
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 DATA = ("sample", "cifar10", "folder:PATH")
-AmpName = Literal["none", "bf16", "fp16"]
+AmpName = Literal["none", "bf16", "fp16", "auto"]
+RecipeName = Literal["standard", "best", "best-short"]
+ScheduleName = Literal["step", "cosine", "one-cycle"]
 StemName = Literal["auto", "imagenet", "cifar"]
 DataName = Annotated[str, tyro.conf.arg(metavar="{sample,cifar10,folder:PATH}")]
 Directory = Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -58,11 +60,20 @@ def is_folder(data: str) -> bool:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a ResNet on CIFAR-10, on the packaged sample of it or on own pictures.
+    """Train a ResNet on CIFAR-10, on the packaged sample of it or on own pictures, by a recipe.
 
-    SGD with momentum, a step schedule, early stopping on the validation part, and the test part
-    once at the end. Everything the run finds out is in its folder.
+    A recipe is a name and a version for values of all these settings; each can be given anew.
+    `standard`: SGD with momentum, a step schedule, crop and flip. `best`: what reaches the highest
+    accuracy a minute. `best-short`: the same in 10 epochs. Each watches the validation part, stops
+    early, restores the best epoch and takes the test part once, at the end. Everything the run
+    finds out is in its folder.
     """
+
+    recipe: RecipeName = "standard"
+    """Where the settings that are not given come from (in Python: fastres.train.recipe(NAME))."""
+
+    recipe_version: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 1
+    """Of the recipe; it changes whenever a value of the recipe does."""
 
     model: ModelName = "resnet18"
     """Member of the family."""
@@ -81,19 +92,43 @@ class TrainConfig:
     """Images a step."""
 
     lr: float = 0.02
-    """Learning rate at the start."""
+    """Learning rate, the schedule's highest."""
+
+    schedule: ScheduleName = "step"
+    """Of the learning rate: drops (He et al. 2016), half a cosine (Loshchilov and Hutter 2017), or
+    straight up and down (Smith and Topin 2019)."""
+
+    warmup: float = 0.0
+    """Share of all steps in which the rate first rises (Goyal et al. 2017); not with step."""
+
+    step_size: int = 30
+    """Epochs between two drops of the learning rate, with step."""
+
+    gamma: float = 0.1
+    """What a drop multiplies the learning rate by, with step."""
 
     momentum: float = 0.9
     """Momentum of SGD."""
 
+    nesterov: bool = False
+    """Nesterov's momentum (Sutskever et al. 2013)."""
+
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter."""
+    """L2 penalty."""
 
-    step_size: int = 30
-    """Epochs between two drops of the learning rate."""
+    decay_norm: bool = True
+    """Weight decay on BatchNorm and biases too; without: He et al. 2019, section 3.1."""
 
-    gamma: float = 0.1
-    """What a drop multiplies the learning rate by."""
+    label_smoothing: float = 0.0
+    """Share of every label that is spread over all classes (Szegedy et al. 2016, section 7)."""
+
+    cutout: int = 0
+    """Side in pixels of a square set to the mean in every training image (DeVries and Taylor 2017);
+    0: none."""
+
+    ema: float = 0.0
+    """Decay a step of a moving average of the weights, which is what is evaluated and kept (Polyak
+    and Juditsky 1992); 0: none."""
 
     seed: int = 0
     """Of the weights, the split, the order and the augmentation."""
@@ -128,7 +163,11 @@ class TrainConfig:
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
 
     amp: AmpName = "none"
-    """Compute in bfloat16 or float16 where that is safe; the weights stay float32."""
+    """Compute in bfloat16 or float16 where that is safe; the weights stay float32. auto: bfloat16
+    on a GPU (Micikevicius et al. 2018; Kalamkar et al. 2019)."""
+
+    channels_last: bool = True
+    """Keep images and weights in channels_last memory; the answers are the same."""
 
     fused: bool = True
     """Use fastres's fused operations; the answers are the same."""
@@ -144,6 +183,8 @@ class TrainConfig:
         _expect_data(self, "data")
         _expect_choice(self, "stem", StemName)
         _expect_choice(self, "amp", AmpName)
+        _expect_choice(self, "recipe", RecipeName)
+        _expect_choice(self, "schedule", ScheduleName)
         for field in ("epochs", "batch_size", "step_size", "patience"):
             _expect_whole(self, field, 1)
         if self.image_size is not None:
@@ -152,7 +193,8 @@ class TrainConfig:
         if self.workers is not None:
             _expect_whole(self, "workers", 0)
         _expect(self, "freeze", not (self.freeze and self.weights is None), "--weights beside it")
-        _expect_whole(self, "seed", 0)
+        for field in ("seed", "cutout"):
+            _expect_whole(self, field, 0)
         _expect(self, "seed", self.seed < 2**32, "a whole number below 2**32")
         _expect_real(self, "lr", lambda x: x > 0, "a number above 0")
         _expect_real(self, "momentum", lambda x: 0 <= x < 1, "a number in [0, 1)")
@@ -160,6 +202,11 @@ class TrainConfig:
         _expect_real(self, "gamma", lambda x: 0 < x <= 1, "a number in (0, 1]")
         _expect_real(self, "valid_ratio", lambda x: 0 < x < 1, "a number in (0, 1)")
         _expect_real(self, "test_ratio", lambda x: 0 < x < 1, "a number in (0, 1)")
+        for field in ("warmup", "label_smoothing", "ema"):
+            _expect_real(self, field, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        no_warmup = self.schedule != "step" or self.warmup == 0
+        _expect(self, "warmup", no_warmup, "0 with the step schedule")
+        _expect(self, "nesterov", not self.nesterov or self.momentum > 0, "a momentum above 0")
         _expect(self, "resume", not (self.resume and self.out is None), "--out DIR beside it")
 
 
@@ -226,7 +273,7 @@ class PredictConfig:
 
 
 # May differ between a run and its --resume: none changes what an epoch computes, but for the
-# rounding of another device.
+# rounding of another device. The number of epochs does where it stretches the schedule.
 FREE_ON_RESUME = frozenset({"root", "epochs", "device", "workers", "out", "resume"})
 
 
@@ -252,7 +299,7 @@ def from_dict(plain: dict[str, Any]) -> TrainConfig:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The settings, old and new value, in which a resumed run must not differ but does."""
-    free = FREE_ON_RESUME
+    free = FREE_ON_RESUME if old.schedule == "step" else FREE_ON_RESUME - {"epochs"}
     if is_folder(old.data) and is_folder(new.data):
         free |= {"data"}  # it may have moved: the pictures' names tell whether it is the same
     return [

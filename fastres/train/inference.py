@@ -14,9 +14,11 @@ from fastres.data.folder import evaluation_transform, read_picture
 from fastres.train import checkpoint
 from fastres.train.config import EvalConfig, PredictConfig
 from fastres.train.errors import CheckpointError, ImageError
-from fastres.train.loop import MODEL_KEYS, Meter, evaluate
+from fastres.train.loop import evaluate
+from fastres.train.meter import Meter
 from fastres.train.model import build_model, resolve_device
 from fastres.train.parts import test_part, worker_count
+from fastres.train.run import MODEL_KEYS
 
 
 @dataclass(frozen=True)

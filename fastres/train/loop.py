@@ -2,131 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.data import (
-    Batches,
-    DataError,
-    Dataset,
-    PictureBatches,
-    PictureFolder,
-    PictureSet,
-    load,
-)
+from fastres.data import Batches, DataError, PictureBatches, PictureSet, load
 from fastres.data.folder import resize_size
-from fastres.train import checkpoint
-from fastres.train.config import TrainConfig, differences, from_dict, to_dict
+from fastres.train.config import TrainConfig
 from fastres.train.curves import draw_curves
-from fastres.train.early_stopping import EarlyStopping
-from fastres.train.errors import (
-    CheckpointError,
-    NonFiniteLossError,
-    RunFolderError,
-    RunInterruptedError,
-)
+from fastres.train.errors import NonFiniteLossError, RunInterruptedError
 from fastres.train.files import write_json
-from fastres.train.model import build_model, resolve_device
-from fastres.train.parts import (
-    Part,
-    check_pictures,
-    divide,
-    image_size,
-    split_content,
-    stem_for,
-    worker_count,
-)
+from fastres.train.meter import Meter
+from fastres.train.model import resolve_amp, resolve_device
+from fastres.train.parts import Part, check_pictures, divide, image_size, worker_count
 from fastres.train.report import Report
+from fastres.train.run import Run, refuse_other_settings
 from fastres.train.run_folder import RunFolder
-from fastres.train.seed import random_state, seed_everything, set_random_state
-from fastres.train.weights import freeze_body, keep_frozen_statistics, load_weights
-from fastres.version import __version__
-
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL_KEYS = frozenset({
-    "model", "model_name", "model_arguments", "classes", "mean", "std", "data", "image_size",
-    "resize_size", "split",
-})  # fmt: skip
-RUN_KEYS = MODEL_KEYS | {
-    "config", "optimizer", "scheduler", "scaler", "early_stopping", "epoch", "meter", "history",
-    "random",
-}  # fmt: skip
-# A GPU is asked for its losses only so often: each question waits for all work in flight.
-STEPS_BETWEEN_READS = {"cpu": 1, "cuda": 20}
-
-
-@dataclass
-class Meter:
-    """Loss and accuracy over the images seen so far, and how long that took.
-
-    Raises:
-        NonFiniteLossError: from `add` or `read`, naming the step, when a loss is NaN or infinite.
-    """
-
-    step: int = 0
-    images: int = 0
-    loss: float = 0.0
-    correct: int = 0
-    seconds: float = 0.0
-    pending: list[tuple[Tensor, Tensor, int]] = field(default_factory=list, repr=False)
-    since: float = field(default_factory=time.perf_counter, repr=False)
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean over the images that have been read."""
-        return self.loss / max(self.images, 1)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the images that have been read whose class is right."""
-        return self.correct / max(self.images, 1)
-
-    @property
-    def images_per_second(self) -> float:
-        """Images over time, both up to the last read."""
-        return self.images / max(self.seconds, 1e-9)
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: its mean loss (), logits (N, classes) and labels (N,)."""
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self.pending.append((loss.detach(), correct, len(labels)))
-        if len(self.pending) >= STEPS_BETWEEN_READS.get(loss.device.type, 1):
-            self.read()
-
-    def read(self) -> None:
-        """Fetch what is still on the device."""
-        for loss, correct, n in self.pending:
-            self.step += 1
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"the loss is {value} at step {self.step}: try a lower lr, or amp none"
-                )
-            self.loss += value * n
-            self.correct += int(correct.item())
-            self.images += n
-        self.pending.clear()
-        now = time.perf_counter()
-        self.seconds += now - self.since
-        self.since = now
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain numbers."""
-        names = ("step", "images", "loss", "correct", "seconds")
-        return {name: getattr(self, name) for name in names}
+from fastres.train.seed import seed_everything
+from fastres.train.signals import stop_on_signal
+from fastres.train.weights import keep_frozen_statistics
 
 
 def train_one_epoch(
@@ -134,12 +35,13 @@ def train_one_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     *,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     meter: Meter | None = None,
     on_step: Callable[[Meter], None] | None = None,
 ) -> Meter:
-    """One optimizer step of cross-entropy a batch, with the model in training mode.
+    """One optimizer step a batch, with the model in training mode.
 
     A BatchNorm none of whose parameters is trained keeps its running statistics and uses them.
 
@@ -147,6 +49,7 @@ def train_one_epoch(
         model: logits (N, classes) of images (N, C, H, W).
         batches: pairs of images and labels (N,) int64, on the model's device.
         optimizer: of the model's parameters.
+        loss_function: the mean loss () of logits (N, classes) and labels (N,).
         amp: compute type under autocast; None is off.
         scaler: scales the loss, wanted with float16.
         meter: goes on counting in it, for an epoch begun before.
@@ -163,9 +66,10 @@ def train_one_epoch(
     for images, labels in batches:
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = loss_function(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        meter.lr = optimizer.param_groups[0]["lr"]
         scaler.step(optimizer)
         scaler.update()
         meter.add(loss, logits, labels)
@@ -218,153 +122,8 @@ class Result:
     history: list[dict[str, Any]]
 
 
-class _Run:
-    """All that changes while a run goes on, and so all that its checkpoint holds."""
-
-    def __init__(
-        self, config: TrainConfig, dataset: Dataset | PictureFolder, device: torch.device
-    ) -> None:
-        self.config = config
-        self.image_size = image_size(dataset, config)
-        self.model_name = config.model
-        self.model_arguments = {
-            "stem": stem_for(self.image_size, config),
-            "num_classes": len(dataset.classes),
-        }
-        self.dataset = dataset
-        self.split = split_content(dataset, config)
-        model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
-        if config.weights is not None and not _has_checkpoint(config):
-            load_weights(model, config.model, config.weights, dataset.classes, progress=True)
-        if config.freeze:
-            freeze_body(model)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, config.step_size, config.gamma
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.stopping = EarlyStopping(config.patience)
-        self.epoch = 0
-        self.meter = Meter()
-        self.history: list[dict[str, Any]] = []
-
-    def _model_content(self) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "model_name": self.model_name,
-            "model_arguments": self.model_arguments,
-            "data": self.config.data,
-            "classes": list(self.dataset.classes),
-            "mean": list(self.dataset.mean),
-            "std": list(self.dataset.std),
-            "image_size": self.image_size,
-            "resize_size": resize_size(self.image_size),
-            "split": self.split,
-            "epoch": self.epoch,
-            "model": self.model.state_dict(),
-        }
-
-    def save_best(self, path: Path) -> None:
-        """What evaluation and prediction need."""
-        checkpoint.save(path, self._model_content())
-
-    def save_last(self, path: Path) -> None:
-        """What going on needs: `epoch` epochs are done, and `meter.step` steps of the next one."""
-        self.meter.read()
-        content = {
-            **self._model_content(),
-            "config": to_dict(self.config),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "early_stopping": asdict(self.stopping),
-            "meter": self.meter.state_dict(),
-            "history": self.history,
-            "random": random_state(),
-        }
-        checkpoint.save(path, content)
-
-    def load_last(self, path: Path) -> None:
-        content = checkpoint.load(path, RUN_KEYS)
-        _refuse_other_settings(path, from_dict(content["config"]), self.config)
-        if content["split"]["fingerprint"] != self.split["fingerprint"]:
-            raise RunFolderError(
-                f"cannot resume {path}: {self.split['path']} has other pictures than "
-                f"{content['split']['path']} had when the run began"
-            )
-        try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scheduler.load_state_dict(content["scheduler"])
-            self.scaler.load_state_dict(content["scaler"])
-            self.stopping = EarlyStopping(**content["early_stopping"])
-            self.epoch = content["epoch"]
-            self.meter = Meter(**content["meter"])
-            self.history = content["history"]
-            set_random_state(content["random"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this run: {error}") from error
-
-    def load_best(self, path: Path) -> None:
-        content = checkpoint.load(path, MODEL_KEYS)
-        if content["epoch"] != self.stopping.best_epoch:
-            raise CheckpointError(
-                f"{path} is of epoch {content['epoch']}, but the run's best epoch is "
-                f"{self.stopping.best_epoch}: it is not this run's"
-            )
-        self.model.load_state_dict(content["model"])
-
-
-def _has_checkpoint(config: TrainConfig) -> bool:
-    """Whether the run goes on from a checkpoint, which holds everything that it began with."""
-    return config.resume and config.out is not None and RunFolder(config.out).last.exists()
-
-
-def _refuse_other_settings(path: Path, old: TrainConfig, new: TrainConfig) -> None:
-    if changed := differences(old, new):
-        raise RunFolderError(
-            f"cannot resume {path} with other settings: {', '.join(changed)}; "
-            "leave them out to take the run's own"
-        )
-
-
-class _StopSignal:
-    """Whether SIGINT or SIGTERM came."""
-
-    requested = False
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_StopSignal]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as without this."""
-    stop = _StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        for each, handler in former.items():
-            signal.signal(each, handler)
-
-    for number in former:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def fit(config: TrainConfig, *, progress: bool = True) -> Result:
-    """Run the standard recipe and leave everything in the run's folder.
+    """Run a recipe and leave everything in the run's folder.
 
     Sets torch's global seeds and has cuDNN keep to deterministic algorithms (see
     `fastres.train.seed`). The same config gives the same numbers on the same machine, and on the
@@ -390,25 +149,27 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
 
     def batches(part: Part, **options: Any) -> Batches | PictureBatches:
         common = (config.batch_size, dataset.mean, dataset.std)
+        options["channels_last"] = config.channels_last
         if isinstance(part, PictureSet):
             options |= {"image_size": size, "resize_size": resize_size(size), "workers": workers}
             return PictureBatches(part, *common, device=device, **options)
         return Batches(part.to(device), *common, **options)
 
-    train = batches(parts[0], augment=True, seed=config.seed)
+    train = batches(parts[0], augment=True, seed=config.seed, cutout=config.cutout)
     valid = batches(parts[1])
     test = batches(parts[2])
 
     seed_everything(config.seed)
-    run = _Run(config, dataset, device)
+    run = Run(config, dataset, device, len(train))
     folder = _open_folder(config, run)
-    amp = AMP_DTYPES[config.amp]
+    amp = resolve_amp(config.amp, device)
+    loss_function = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     report = Report(config.epochs, len(train), enabled=progress)
-    with report, _stop_on_signal() as stop:
+    with report, stop_on_signal() as stop:
         report.start(
-            f"{config.model} on {config.data}: {len(train.part):,} training, "
-            f"{len(valid.part):,} validation, {len(test.part):,} test images; {device}; "
-            f"{folder.path}"
+            f"{config.model} on {config.data}, recipe {config.recipe}: "
+            f"{len(train.part):,} training, {len(valid.part):,} validation, "
+            f"{len(test.part):,} test images; {device}; {folder.path}"
         )
 
         def leave_if_asked(meter: Meter) -> None:
@@ -417,6 +178,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                 raise RunInterruptedError(folder.path)
 
         def after_step(meter: Meter) -> None:
+            run.after_step()
             report.training_step(meter)
             leave_if_asked(meter)
 
@@ -428,12 +190,13 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                     run.model,
                     train.iterate(run.meter.step),
                     run.optimizer,
+                    loss_function=loss_function,
                     amp=amp,
                     scaler=run.scaler,
                     meter=run.meter,
                     on_step=after_step,
                 )
-                validation = evaluate(run.model, valid, amp=amp, on_step=leave_if_asked)
+                validation = evaluate(run.evaluated, valid, amp=amp, on_step=leave_if_asked)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}") from error
             except DataError:  # a picture went missing: between two steps, so nothing is lost
@@ -447,14 +210,14 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
             if stop.requested:  # the model is the best one by now, and last.pt is complete
                 raise RunInterruptedError(folder.path)
 
-        tested = evaluate(run.model, test, amp=amp, on_step=leave_without_saving)
+        tested = evaluate(run.evaluated, test, amp=amp, on_step=leave_without_saving)
         result = _result(run, tested, folder)
         write_json(folder.result, {**asdict(result), **_paths_as_text(result)})
         report.end(result)
     return result
 
 
-def _open_folder(config: TrainConfig, run: _Run) -> RunFolder:
+def _open_folder(config: TrainConfig, run: Run) -> RunFolder:
     """A new folder, or the old one with its state put into `run`."""
     if not config.resume:
         return RunFolder.create(config)
@@ -464,25 +227,21 @@ def _open_folder(config: TrainConfig, run: _Run) -> RunFolder:
         run.load_last(folder.last)
         folder.write_metrics(run.history)
     else:  # killed before its first checkpoint: the run begins again
-        _refuse_other_settings(folder.config, folder.read_config(), config)
+        refuse_other_settings(folder.config, folder.read_config(), config)
     return folder
 
 
-def _end_epoch(run: _Run, validation: Meter, folder: RunFolder, report: Report) -> None:
+def _end_epoch(run: Run, validation: Meter, folder: RunFolder, report: Report) -> None:
     line = {
         "epoch": run.epoch + 1,
         "train_loss": run.meter.mean_loss,
         "train_accuracy": run.meter.accuracy,
         "valid_loss": validation.mean_loss,
         "valid_accuracy": validation.accuracy,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": run.meter.lr,
         "images_per_second": run.meter.images_per_second,
         "seconds": run.meter.seconds + validation.seconds,
     }
-    with warnings.catch_warnings():
-        # Resumed after an epoch's last step, the optimizer has not stepped in this process yet.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        run.scheduler.step()
     run.history.append(line)
     run.epoch += 1
     run.meter = Meter()
@@ -496,7 +255,7 @@ def _end_epoch(run: _Run, validation: Meter, folder: RunFolder, report: Report) 
     report.end_epoch(line, best=best)
 
 
-def _result(run: _Run, tested: Meter, folder: RunFolder) -> Result:
+def _result(run: Run, tested: Meter, folder: RunFolder) -> Result:
     best = run.history[run.stopping.best_epoch - 1]
     stopped = run.stopping.should_stop
     return Result(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastres import models
-from fastres.train.config import ConfigError
+from fastres.train.config import AmpName, ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -30,6 +30,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
     return device
+
+
+def resolve_amp(name: AmpName, device: torch.device) -> torch.dtype | None:
+    """The type to compute in under autocast; None is off."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else None
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
