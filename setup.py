@@ -164,6 +164,7 @@ bench = [
 ]
 # A cross compiler, with which tests/test_portability.py compiles the C++ sources for aarch64.
 cross = ["ziglang>=0.17", "pybind11>=2.13"]
+examples = ["lightning>=2.4", "transformers>=4.46", "accelerate>=1.1"]
 lint = ["ruff>=0.6", "mypy>=1.11", "clang-format>=18", "codespell>=2.3", "pre-commit>=3.8"]
 
 setup(
@@ -200,7 +201,8 @@ setup(
         "onnx": onnx,
         "test": test,
         "bench": bench,
-        "dev": [*test, *bench, *lint, *cross],
+        "examples": examples,
+        "dev": [*test, *bench, *examples, *lint, *cross],
     },
     entry_points={"console_scripts": ["fastres = fastres.cli:main"]},
     classifiers=[
