@@ -69,14 +69,11 @@ def run(config: Any) -> None:
     elif isinstance(config, TrainConfig):
         train.fit(config)
     elif isinstance(config, EvalConfig):
-        data, meter = train.evaluate_checkpoint(config)
-        report.print_evaluation(
-            config.checkpoint, data, meter.mean_loss, meter.accuracy, meter.images
-        )
+        report.print_evaluation(config.checkpoint, *train.evaluate_checkpoint(config))
     elif isinstance(config, ExportConfig):
         print(export(config))
     else:
-        report.print_predictions(train.predict(config))
+        report.print_predictions(train.predict(config), as_json=config.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The command line, as a stranger meets it."""
 
 import dataclasses
+import json
 import runpy
 import subprocess
 import sys
@@ -241,13 +242,29 @@ def test_whole_road(
     assert "lr (was 0.02, is 0.5)" in error
 
     said = fastres("eval --checkpoint run/best.pt")
-    assert said.startswith("run/best.pt: test loss ")
-    assert said.endswith("(20 images of sample)\n")
+    first, header, *lines = said.splitlines()
+    assert first.startswith("run/best.pt: test loss ")
+    assert first.endswith("(20 images of sample)")
+    assert header.split()[:3] == ["class", "accuracy", "correct"]
+    classes = data.sample().classes
+    assert [line.split()[0] for line in lines] == list(classes)
+    assert all(line.split()[3:5] == ["of", "2"] for line in lines)
 
-    Image.new("RGB", (60, 40), "navy").save("ship.png")
-    said = fastres("predict ship.png --checkpoint run/best.pt --top 2")
-    name, *lines = said.splitlines()
-    assert name == "ship.png"
-    shares: list[Any] = [line.split() for line in lines]
-    assert len(shares) == 2
-    assert all(share.endswith("%") and label in data.sample().classes for share, label in shares)
+    Path("ships/more").mkdir(parents=True)
+    for name in ("ships/b.png", "ships/more/a.jpg", "ships/.hidden.png"):
+        Image.new("RGB", (60, 40), "navy").save(name)
+    Path("ships/notes.txt").write_text("no image, and no image's name")
+    said = fastres("predict ships ships/b.png --checkpoint run/best.pt --top 2 --batch-size 2")
+    header, *lines = said.splitlines()
+    assert header.split() == ["image", "class", "1", "class", "2"]
+    files = ["ships/b.png", "ships/more/a.jpg", "ships/b.png"]
+    assert [line.split()[0] for line in lines] == files
+    for line in lines:
+        _, one, most, other, less = line.split()
+        assert {one, other} < set(classes)
+        assert most.endswith("%") and less.endswith("%")
+
+    plain = json.loads(fastres("predict ships --checkpoint run/best.pt --json --top 99"))
+    assert [line["image"] for line in plain] == files[:2]
+    assert [entry["class"] for entry in plain[0]["classes"]][:2] == [one, other]
+    assert sum(entry["probability"] for entry in plain[0]["classes"]) == pytest.approx(1, abs=1e-5)

@@ -509,18 +509,20 @@ def test_whole_road_at_224_pixels(
     assert content["model_arguments"] == {"stem": "imagenet", "num_classes": 2}
     assert content["mean"] == list(IMAGENET_MEAN)
 
-    assert fastres("eval --checkpoint run/best.pt").endswith("(2 images of folder:pets)\n")
+    said = fastres("eval --checkpoint run/best.pt").splitlines()
+    assert said[0].endswith("(2 images of folder:pets)")
+    assert [line.split()[0] for line in said[2:]] == ["cat", "dog"]
 
     picture = source / "dog" / "02.png"
     said = fastres(f"predict {picture} --checkpoint run/best.pt --top 2")
-    assert said.splitlines()[0] == str(picture)
+    name, *found = said.splitlines()[1].split()
+    assert name == str(picture)
     model, _ = train.load_model(Path("run/best.pt"), fused=False)
     image = v2.functional.pil_to_tensor(
         v2.CenterCrop(224)(v2.Resize(256)(Image.open(picture).convert("RGB")))
     )
     with torch.inference_mode():
         logits = model(data.normalize(image[None], IMAGENET_MEAN, IMAGENET_STD))
-    for line in said.splitlines()[1:]:
-        share, name = line.split()
+    for name, share in zip(found[::2], found[1::2], strict=True):
         expected = float(logits.softmax(1)[0, ("cat", "dog").index(name)])
         assert float(share.rstrip("%")) / 100 == pytest.approx(expected, abs=1e-3)

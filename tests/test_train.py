@@ -570,14 +570,34 @@ class TestPredict:
             with pytest.raises(train.ImageError, match=reason):
                 train.predict(train.PredictConfig((tmp_path / name,), best))
 
+    def test_every_unreadable_file_is_named_at_once(self, best: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        for number in range(9):
+            Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        for number in (0, 2, 4, 5, 7, 8):
+            (folder / f"{number}.png").write_text("no picture")
+        with pytest.raises(train.ImageError) as error:
+            train.predict(train.PredictConfig((folder,), best, batch_size=2))
+        named = [f"cannot read the image {folder}/{n}.png: not an image" for n in (0, 2, 4, 5, 7)]
+        assert str(error.value) == "; ".join([*named, "and 1 more"])
+
+    def test_folder_without_an_image_is_named(self, best: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty" / "within").mkdir(parents=True)
+        with pytest.raises(train.ImageError, match=f"no image in the folder {tmp_path}/empty: exp"):
+            train.predict(train.PredictConfig((tmp_path / "empty",), best))
+
     def test_eval_gives_the_runs_test_numbers(self, tmp_path: Path) -> None:
         result = fit(tmp_path / "run")
-        name, meter = train.evaluate_checkpoint(
+        name, meter, outcomes = train.evaluate_checkpoint(
             train.EvalConfig(result.best_checkpoint, batch_size=16)
         )
         assert name == "sample"
         assert (meter.accuracy, meter.images) == (result.test_accuracy, 40)
         assert meter.mean_loss == pytest.approx(result.test_loss)
+        assert sum(line.correct for line in outcomes.per_class()) == meter.correct
+        assert outcomes.labels.tolist() == TINY_NAMES["load"]("sample", "").test.labels.tolist()
+        assert float(outcomes.losses.mean()) == pytest.approx(meter.mean_loss)
 
     def test_eval_refuses_other_classes(self, best: Path) -> None:
         content = checkpoint.load(best, run_state.MODEL_KEYS)

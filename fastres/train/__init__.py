@@ -12,16 +12,19 @@ from fastres.train.errors import (
 from fastres.train.inference import Prediction, evaluate_checkpoint, load_model, predict
 from fastres.train.loop import Result, evaluate, fit, train_one_epoch
 from fastres.train.meter import Meter
+from fastres.train.outcomes import ClassAccuracy, Outcomes
 from fastres.train.recipes import RECIPES, recipe
 
 __all__ = [
     "RECIPES",
     "CheckpointError",
+    "ClassAccuracy",
     "ConfigError",
     "EvalConfig",
     "ImageError",
     "Meter",
     "NonFiniteLossError",
+    "Outcomes",
     "PredictConfig",
     "Prediction",
     "Result",

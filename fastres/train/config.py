@@ -249,17 +249,23 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classes and their probabilities for image files."""
+    """Classes and their probabilities for image files and for folders of them."""
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
-    """Image files of any size; each is resized and cut to the square that the model was trained
-    with."""
+    """Image files of any size, or folders, which are searched with all folders in them; each image
+    is resized and cut to the square that the model was trained with."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """A best.pt or last.pt of `fastres train`."""
 
     top: int = 3
     """How many classes to print for an image."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print JSON: a list of images with their classes and probabilities."""
+
+    batch_size: int = 128
+    """Images at a time."""
 
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
@@ -268,7 +274,8 @@ class PredictConfig:
     """Use fastres's fused operations; the answers are the same."""
 
     def __post_init__(self) -> None:
-        _expect(self, "images", len(self.images) > 0, "at least one image file")
+        _expect(self, "images", len(self.images) > 0, "at least one image file or folder")
+        _expect_whole(self, "batch_size", 1)
         _expect_whole(self, "top", 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastres.data import Batches, DataError, PictureBatches, PictureSet, load, normalize
-from fastres.data.folder import evaluation_transform, read_picture
+from fastres.data.folder import MAX_NAMED, SUFFIXES, evaluation_transform, read_picture
 from fastres.train import checkpoint
 from fastres.train.config import EvalConfig, PredictConfig
 from fastres.train.errors import CheckpointError, ImageError
 from fastres.train.loop import evaluate
 from fastres.train.meter import Meter
 from fastres.train.model import build_model, resolve_device
+from fastres.train.outcomes import Outcomes
 from fastres.train.parts import test_part, worker_count
 from fastres.train.run import MODEL_KEYS
 
@@ -46,8 +48,8 @@ def load_model(
     return model.to(device).to(memory_format=torch.channels_last).eval(), content
 
 
-def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter]:
-    """The data set's name, and loss and accuracy on its test part.
+def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter, Outcomes]:
+    """The data set's name, loss and accuracy on its test part, and the answer to each image.
 
     Raises:
         ConfigError, CheckpointError, DataError: what was asked for cannot be had.
@@ -71,7 +73,8 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter]:
         )
     else:
         batches = Batches(part.to(device), *common)
-    return name, evaluate(model, batches)
+    outcomes = Outcomes(dataset.classes)
+    return name, evaluate(model, batches, on_batch=outcomes.add), outcomes
 
 
 def read_image(path: Path, image_size: int, resize_size: int) -> Tensor:
@@ -92,24 +95,67 @@ def read_image(path: Path, image_size: int, resize_size: int) -> Tensor:
     return evaluation_transform(image_size, resize_size)(picture)[None]
 
 
-@torch.inference_mode()
-def predict(config: PredictConfig) -> list[Prediction]:
-    """The classes of each image file.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and those in its folders and their folders that are images by name.
+
+    Names that begin with a dot are left out of folders.
 
     Raises:
-        ConfigError, CheckpointError, ImageError: what was asked for cannot be had.
+        ImageError: there is no such file or folder, or a folder has no image in it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise ImageError(f"no image at {path}")
+            found.append(path)
+        elif inside := list(_images_in(path)):
+            found += inside
+        else:
+            raise ImageError(f"no image in the folder {path}: expected {', '.join(SUFFIXES)}")
+    return found
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _images_in(entry)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield entry
+
+
+@torch.inference_mode()
+def predict(config: PredictConfig) -> list[Prediction]:
+    """The classes of each image file, and of each in a folder.
+
+    Raises:
+        ConfigError, CheckpointError: what was asked for cannot be had.
+        ImageError: files are missing or cannot be read; it names them.
     """
     device = resolve_device(config.device)
+    paths = find_images(config.images)
     model, content = load_model(config.checkpoint, device=device, fused=config.fused)
     sizes = content["image_size"], content["resize_size"]
-    images = torch.cat([read_image(path, *sizes) for path in config.images]).to(device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    logits = model(normalize(images, content["mean"], content["std"]))
-    top = logits.softmax(1).topk(min(config.top, len(content["classes"])))
-    rows = zip(config.images, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [
-        Prediction(
-            path, tuple((content["classes"][i], p) for i, p in zip(index, share, strict=True))
-        )
-        for path, index, share in rows
-    ]
+    predictions: list[Prediction] = []
+    faults: list[str] = []
+    for start in range(0, len(paths), config.batch_size):
+        part, images = paths[start : start + config.batch_size], []
+        for path in part:
+            try:
+                images.append(read_image(path, *sizes))
+            except ImageError as error:
+                faults.append(str(error))
+        if faults:
+            continue  # the others are still read, to name every fault at once
+        batch = torch.cat(images).to(device).contiguous(memory_format=torch.channels_last)
+        logits = model(normalize(batch, content["mean"], content["std"]))
+        top = logits.softmax(1).topk(min(config.top, len(content["classes"])))
+        for path, index, share in zip(part, top.indices.tolist(), top.values.tolist(), strict=True):
+            names = (content["classes"][i] for i in index)
+            predictions.append(Prediction(path, tuple(zip(names, share, strict=True))))
+    if faults:
+        rest = f"; and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
+        raise ImageError("; ".join(faults[:MAX_NAMED]) + rest)
+    return predictions

@@ -86,8 +86,11 @@ def evaluate(
     *,
     amp: torch.dtype | None = None,
     on_step: Callable[[Meter], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Meter:
     """Cross-entropy and accuracy over `batches`, with the model in evaluation mode.
+
+    `on_batch` is given the logits (N, classes) and labels (N,) of each batch.
 
     Raises:
         NonFiniteLossError: the loss is NaN or infinite.
@@ -99,6 +102,8 @@ def evaluate(
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         meter.add(loss, logits, labels)
+        if on_batch:
+            on_batch(logits, labels)
         if on_step:
             on_step(meter)
     meter.read()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
     from fastres.train.inference import Prediction
-    from fastres.train.loop import Meter, Result
+    from fastres.train.loop import Result
+    from fastres.train.meter import Meter
+    from fastres.train.outcomes import Outcomes
 
 
 class Report:
@@ -96,14 +101,59 @@ class Report:
         self.console.print(table)
 
 
-def print_evaluation(checkpoint: Path, data: str, loss: float, accuracy: float, n: int) -> None:
-    """What `fastres eval` prints."""
-    print(f"{checkpoint}: test loss {loss:.4f}, accuracy {accuracy:.2%} ({n:,} images of {data})")
+def print_evaluation(checkpoint: Path, data: str, meter: Meter, outcomes: Outcomes) -> None:
+    """What `fastres eval` prints: the whole part's loss and accuracy, then a line a class."""
+    print(
+        f"{checkpoint}: test loss {meter.mean_loss:.4f}, accuracy {meter.accuracy:.2%} "
+        f"({meter.images:,} images of {data})"
+    )
+    rows = [
+        (
+            line.name,
+            f"{line.accuracy:.2%}" if line.images else "-",
+            f"{line.correct:,} of {line.images:,}",
+            line.mistaken_for or "-",
+        )
+        for line in outcomes.per_class()
+    ]
+    print_columns(("class", "accuracy", "correct", "most mistaken for"), rows, right={1, 2})
 
 
-def print_predictions(predictions: list[Prediction]) -> None:
-    """What `fastres predict` prints: an image's name, then a line a class."""
-    for prediction in predictions:
-        print(prediction.image)
-        for name, probability in prediction.classes:
-            print(f"  {probability:7.2%}  {name}")
+def print_predictions(predictions: list[Prediction], *, as_json: bool = False) -> None:
+    """What `fastres predict` prints: a line an image, its classes from the likeliest on."""
+    if as_json:
+        plain = [
+            {
+                "image": str(prediction.image),
+                "classes": [
+                    {"class": name, "probability": share} for name, share in prediction.classes
+                ],
+            }
+            for prediction in predictions
+        ]
+        print(json.dumps(plain, indent=2))
+        return
+    rows = [
+        (
+            str(prediction.image),
+            *(cell for name, share in prediction.classes for cell in (name, f"{share:.2%}")),
+        )
+        for prediction in predictions
+    ]
+    places = range(1, len(predictions[0].classes) + 1)
+    header = ("image", *(cell for place in places for cell in (f"class {place}", "")))
+    print_columns(header, rows, right={2 * place for place in places})
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> None:
+    """Aligned columns, those in `right` to the right; a line is never broken, for grep's sake."""
+    lines = [header, *rows]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            " " * (width - cell_len(cell)) + cell
+            if number in right
+            else cell + " " * (width - cell_len(cell))
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
