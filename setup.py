@@ -151,7 +151,9 @@ packages = ["fastres.kernels", "fastres"] + [
 ]
 # What `fastres export --format onnx` needs, and the runtime that checks its file.
 onnx = ["onnx", "onnxscript", "onnxruntime"]
-test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", *onnx]
+# What `fastres train --tensorboard` needs.
+tensorboard = ["tensorboard"]
+test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", *onnx, *tensorboard]
 bench = [
     "pytest-benchmark>=4",
     "pytest>=8",
@@ -199,6 +201,7 @@ setup(
     ],
     extras_require={
         "onnx": onnx,
+        "tensorboard": tensorboard,
         "test": test,
         "bench": bench,
         "examples": examples,

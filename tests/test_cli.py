@@ -21,7 +21,7 @@ OPTIONS = """
     --gamma --momentum --nesterov --no-nesterov --weight-decay --decay-norm --no-decay-norm
     --label-smoothing --cutout --ema --seed --valid-ratio --patience --device --amp
     --channels-last --no-channels-last --fused --no-fused --out --resume
-    --test-ratio --image-size --stem --workers --weights --freeze
+    --test-ratio --image-size --stem --workers --weights --freeze --tensorboard
 """
 
 

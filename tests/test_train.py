@@ -213,7 +213,10 @@ class TestFit:
     def test_run_folder(self, tmp_path: Path) -> None:
         out = tmp_path / "run"
         result = fit(out, step_size=2, lr=0.1)
-        names = "best.pt config.json curves.png last.pt metrics.jsonl result.json"
+        names = """
+            best.pt config.json confusion.png curves.png last.pt metrics.csv metrics.jsonl
+            result.json test.json wrongest.png
+        """
         assert sorted(path.name for path in out.iterdir()) == names.split()
         assert json.loads((out / "config.json").read_text())["step_size"] == 2
         lines = metrics(out)

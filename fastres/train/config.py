@@ -175,6 +175,9 @@ class TrainConfig:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """The run's folder; left out: runs/DATA-MODEL-TIME."""
 
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the metrics for TensorBoard as well, to the folder tensorboard in the run's."""
+
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on with the run in --out; its own settings are the defaults."""
 
@@ -281,7 +284,7 @@ class PredictConfig:
 
 # May differ between a run and its --resume: none changes what an epoch computes, but for the
 # rounding of another device. The number of epochs does where it stretches the schedule.
-FREE_ON_RESUME = frozenset({"root", "epochs", "device", "workers", "out", "resume"})
+FREE_ON_RESUME = frozenset({"root", "epochs", "device", "workers", "out", "tensorboard", "resume"})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

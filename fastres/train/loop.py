@@ -20,13 +20,16 @@ from fastres.train.curves import draw_curves
 from fastres.train.errors import NonFiniteLossError, RunInterruptedError
 from fastres.train.files import write_json
 from fastres.train.meter import Meter
+from fastres.train.mistakes import write_mistakes
 from fastres.train.model import resolve_amp, resolve_device
+from fastres.train.outcomes import Outcomes
 from fastres.train.parts import Part, check_pictures, divide, image_size, worker_count
 from fastres.train.report import Report
 from fastres.train.run import Run, refuse_other_settings
 from fastres.train.run_folder import RunFolder
 from fastres.train.seed import seed_everything
 from fastres.train.signals import stop_on_signal
+from fastres.train.tensorboard import TensorBoard, require_tensorboard
 from fastres.train.weights import keep_frozen_statistics
 
 
@@ -146,6 +149,8 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
         RunInterruptedError: SIGINT or SIGTERM came; the state is saved.
     """
     device = resolve_device(config.device)
+    if config.tensorboard:
+        require_tensorboard()
     dataset = load(config.data, config.root)
     size, workers = image_size(dataset, config), worker_count(config.workers)
     parts = divide(dataset, config)
@@ -170,6 +175,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     amp = resolve_amp(config.amp, device)
     loss_function = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     report = Report(config.epochs, len(train), enabled=progress)
+    board = TensorBoard(folder.tensorboard, run.epoch, enabled=config.tensorboard)
     with report, stop_on_signal() as stop:
         report.start(
             f"{config.model} on {config.data}, recipe {config.recipe}: "
@@ -208,6 +214,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                 run.save_last(folder.last)
                 raise
             _end_epoch(run, validation, folder, report)
+            board.end_epoch(run.history[-1])
 
         run.load_best(folder.best)
 
@@ -215,8 +222,13 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
             if stop.requested:  # the model is the best one by now, and last.pt is complete
                 raise RunInterruptedError(folder.path)
 
-        tested = evaluate(run.evaluated, test, amp=amp, on_step=leave_without_saving)
+        outcomes = Outcomes(dataset.classes)
+        tested = evaluate(
+            run.evaluated, test, amp=amp, on_step=leave_without_saving, on_batch=outcomes.add
+        )
+        write_mistakes(folder, outcomes, parts[2], size)
         result = _result(run, tested, folder)
+        board.end(result.best_epoch, result.test_loss, result.test_accuracy)
         write_json(folder.result, {**asdict(result), **_paths_as_text(result)})
         report.end(result)
     return result

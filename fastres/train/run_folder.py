@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from datetime import datetime
 from pathlib import Path
@@ -20,9 +22,14 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
+        self.metrics_csv = path / "metrics.csv"
+        self.tensorboard = path / "tensorboard"
         self.best = path / "best.pt"
         self.last = path / "last.pt"
         self.curves = path / "curves.png"
+        self.confusion = path / "confusion.png"
+        self.wrongest = path / "wrongest.png"
+        self.test = path / "test.json"
         self.result = path / "result.json"
 
     @classmethod
@@ -71,3 +78,9 @@ class RunFolder:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Every epoch so far, a line each: rewritten whole, so no line is torn or twice there."""
         write_text(self.metrics, "".join(json.dumps(epoch) + "\n" for epoch in history))
+        table = io.StringIO()
+        if history:
+            writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+        write_text(self.metrics_csv, table.getvalue())
