@@ -67,7 +67,7 @@ class TestFolder:
         (own / "dog" / "00.png").rename(own / "dog" / "a" / "z.PNG")
         (own / ".git").mkdir()
         (own / "cat" / ".DS_Store").write_text("")
-        dataset = data.folder(own)
+        dataset = data.picture_folder(own)
         assert dataset.classes == CLASSES
         assert relative(dataset.train, own)[19] == "dog/a/z.PNG"
         assert len(dataset.train) == 30
@@ -76,7 +76,7 @@ class TestFolder:
         for part, count in (("train", 5), ("valid", 3), ("test", 2)):
             write_pictures(tmp_path / part, count)
         shutil.rmtree(tmp_path / "test" / "cat")
-        dataset = data.folder(tmp_path)
+        dataset = data.picture_folder(tmp_path)
         train, valid, test = dataset.split(0.2, 0.1, seed=0)
         assert (train.paths, len(train)) == (dataset.train.paths, 15)
         assert valid.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -101,20 +101,20 @@ class TestFolder:
     def test_wrong_layout_is_named(self, damage: str, message: str, own: Path) -> None:
         exec(damage, {"own": own, "shutil": shutil})
         with pytest.raises(data.DataError, match=message):
-            data.folder(own)
+            data.picture_folder(own)
 
     def test_class_that_training_does_not_have(self, tmp_path: Path) -> None:
         write_pictures(tmp_path / "train", 2)
         write_pictures(tmp_path / "valid", 2, ("cat", "cow"))
         with pytest.raises(data.DataError, match=r"valid/cow is a class that .*train does not"):
-            data.folder(tmp_path)
+            data.picture_folder(tmp_path)
 
 
 class TestSplit:
     def test_each_class_gives_its_share_and_every_picture_is_used_once(
         self, pictures: Path
     ) -> None:
-        dataset = data.folder(pictures)
+        dataset = data.picture_folder(pictures)
         split = dataset.split(0.2, 0.1, seed=3)
         assert [part.labels.bincount().tolist() for part in split] == [[7] * 3, [2] * 3, [1] * 3]
         assert sorted(path for part in split for path in part.paths) == sorted(dataset.train.paths)
@@ -123,18 +123,18 @@ class TestSplit:
             assert names == [CLASSES[label] for label in part.labels]
 
     def test_follows_the_seed_alone(self, pictures: Path) -> None:
-        dataset = data.folder(pictures)
+        dataset = data.picture_folder(pictures)
         torch.rand(1)
         again, other = dataset.split(0.2, 0.1, seed=3), dataset.split(0.2, 0.1, seed=4)
         assert dataset.split(0.2, 0.1, seed=3)[1].paths == again[1].paths
         assert other[1].paths != again[1].paths
 
     def test_small_classes_give_one_each_or_are_named(self, tmp_path: Path) -> None:
-        dataset = data.folder(write_pictures(tmp_path, 3))
+        dataset = data.picture_folder(write_pictures(tmp_path, 3))
         assert [len(part) for part in dataset.split(0.01, 0.01, seed=0)] == [3, 3, 3]
         (tmp_path / "dog" / "00.png").unlink()
         with pytest.raises(data.DataError, match=r"class dog in .* has 2 pictures, but 1 for vali"):
-            data.folder(tmp_path).split(0.01, 0.01, seed=0)
+            data.picture_folder(tmp_path).split(0.01, 0.01, seed=0)
 
 
 class TestCheck:
@@ -150,7 +150,7 @@ class TestCheck:
             Image.new("RGB", (50, 3)).save(own / "owl" / f"0{i}.{'jpg' if i % 2 else 'png'}")
         seen: list[int] = []
         with pytest.raises(data.DataError) as error:
-            data.folder(own).train.check(4, workers=2, on_picture=lambda: seen.append(1))
+            data.picture_folder(own).train.check(4, workers=2, on_picture=lambda: seen.append(1))
         message = str(error.value)
         assert message.startswith("7 of 30 pictures cannot be used: cannot read the image ")
         assert "cat/03.jpg: not an image; " in message
@@ -159,9 +159,37 @@ class TestCheck:
         assert message.endswith("dog/02.png; and 2 more")
         assert len(seen) == 30
 
+    def test_can_be_broken_off(self, own: Path) -> None:
+        """Ctrl-C does not wait until all pictures are decoded."""
+        part = data.picture_folder(own).train
+        opened: list[str] = []
+
+        class BrokenError(Exception):
+            pass
+
+        def breaks() -> None:
+            raise BrokenError
+
+        def read(path: str) -> Image.Image:
+            opened.append(path)
+            return data.read_picture(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastres.data.folder.read_picture", read)
+            with pytest.raises(BrokenError):
+                data.PictureSet(part.paths * 99, part.labels.repeat(99)).check(4, on_picture=breaks)
+        assert len(opened) < 99 * 30
+
+    def test_sixteen_bits_are_not_cut_to_eight(self, own: Path) -> None:
+        Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(own / "owl" / "06.png")
+        with pytest.raises(
+            data.DataError, match=r"owl/06\.png: its pixels are of mode I;16, expected 8 bits"
+        ):
+            data.picture_folder(own).train.check(4)
+
     def test_tiny_pictures(self, own: Path) -> None:
         Image.new("RGB", (50, 3)).save(own / "owl" / "06.png")
-        part = data.folder(own).train
+        part = data.picture_folder(own).train
         part.check(3)
         with pytest.raises(
             data.DataError, match=r"owl/06\.png has 50 x 3 pixels, expected at least 4 a side"
@@ -187,7 +215,7 @@ def assert_equal(one: Any, other: Any) -> None:
 class TestBatches:
     @pytest.fixture
     def part(self, pictures: Path) -> data.PictureSet:
-        return data.folder(pictures).train
+        return data.picture_folder(pictures).train
 
     def test_evaluation_is_torchvisions(self, part: data.PictureSet) -> None:
         theirs = v2.Compose(
@@ -272,7 +300,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_vanished_picture_is_named(self, workers: int, own: Path) -> None:
-        part = data.folder(own).train
+        part = data.picture_folder(own).train
         (own / "dog" / "04.png").unlink()
         made = iter(batches(part, workers=workers))
         for _ in range(3):
@@ -381,7 +409,7 @@ class TestFit:
     ) -> None:
         """Not even the steps of the epoch before it is needed."""
         out = tmp_path / "run"
-        (training, _, _) = data.folder(own).split(0.2, 0.1, seed=0)
+        (training, _, _) = data.picture_folder(own).split(0.2, 0.1, seed=0)
         order = torch.randperm(len(training), generator=draws.generator(draws.EPOCH, 0, 0))
         gone = Path(training.paths[order[13]])  # in the fourth batch
         kept = gone.read_bytes()
@@ -480,7 +508,7 @@ def test_sample_as_a_folder_has_the_samples_pixels(tmp_path: Path) -> None:
         path = tmp_path / sample.classes[label] / f"{i:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    part = data.folder(tmp_path).train
+    part = data.picture_folder(tmp_path).train
     (images, labels), = data.PictureBatches(
         part, 40, sample.mean, sample.std, image_size=32, resize_size=32
     )  # fmt: skip
@@ -509,8 +537,10 @@ def test_whole_road_at_224_pixels(
     assert content["model_arguments"] == {"stem": "imagenet", "num_classes": 2}
     assert content["mean"] == list(IMAGENET_MEAN)
 
-    said = fastres("eval --checkpoint run/best.pt").splitlines()
-    assert said[0].endswith("(2 images of folder:pets)")
+    monkeypatch.chdir("run")  # wherever the checkpoint is used, it knows its pictures
+    said = fastres("eval --checkpoint best.pt --workers 0").splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert said[0].endswith(f"(2 images of folder:{tmp_path / source})")
     assert [line.split()[0] for line in said[2:]] == ["cat", "dog"]
 
     picture = source / "dog" / "02.png"

@@ -4,7 +4,13 @@ from fastres.data.augment import cutout, normalize, random_crop_flip
 from fastres.data.batches import Batches, split
 from fastres.data.datasets import Dataset, ImageSet, cifar10, load, sample
 from fastres.data.errors import DataError
-from fastres.data.folder import PictureBatches, PictureFolder, PictureSet, folder, read_picture
+from fastres.data.folder import (
+    PictureBatches,
+    PictureFolder,
+    PictureSet,
+    picture_folder,
+    read_picture,
+)
 
 __all__ = [
     "Batches",
@@ -16,9 +22,9 @@ __all__ = [
     "PictureSet",
     "cifar10",
     "cutout",
-    "folder",
     "load",
     "normalize",
+    "picture_folder",
     "random_crop_flip",
     "read_picture",
     "sample",

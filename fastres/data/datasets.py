@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastres.data.errors import DataError
-from fastres.data.folder import PictureFolder, folder
+from fastres.data.folder import PictureFolder, picture_folder
 
 CLASSES = (
     "airplane",
@@ -135,5 +135,5 @@ def load(name: str, root: str | Path) -> Dataset | PictureFolder:
     if name == "cifar10":
         return cifar10(root)
     if name.startswith(FOLDER) and name != FOLDER:
-        return folder(name.removeprefix(FOLDER))
+        return picture_folder(name.removeprefix(FOLDER))
     raise ValueError(f'data is {name!r}, expected "sample", "cifar10" or "folder:PATH"')

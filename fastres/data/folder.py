@@ -66,11 +66,15 @@ class PictureSet:
 
         faults = []
         with ThreadPoolExecutor(max(1, workers)) as threads:
-            for found in threads.map(fault, self.paths):
-                if found:
-                    faults.append(found)
-                if on_picture:
-                    on_picture()
+            try:
+                for found in threads.map(fault, self.paths):
+                    if found:
+                        faults.append(found)
+                    if on_picture:
+                        on_picture()
+            except BaseException:  # Ctrl-C: end now, and not after all the pictures in the queue
+                threads.shutdown(cancel_futures=True)
+                raise
         if faults:
             rest = f"; and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
             raise DataError(
@@ -138,7 +142,7 @@ class PictureFolder:
         )
 
 
-def folder(path: str | Path) -> PictureFolder:
+def picture_folder(path: str | Path) -> PictureFolder:
     """The pictures in PATH/CLASS/..., or in PATH/train/CLASS/... and PATH/valid, PATH/test.
 
     Folders within a class's folder belong to it; names that begin with a dot are left out. No
@@ -232,10 +236,13 @@ def read_picture(path: str | Path) -> Image.Image:
     """The picture in a file, decoded, upright and in RGB.
 
     Raises:
-        DataError: the file is missing or is no picture that Pillow can read.
+        DataError: the file is missing, is no picture that Pillow can read, or one of more than 8
+            bits a channel.
     """
     try:
         with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # Pillow would cut all that is above 255
+                raise ValueError(f"its pixels are of mode {file.mode}, expected 8 bits a channel")
             return ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"no image at {path}") from error

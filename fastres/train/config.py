@@ -154,7 +154,7 @@ class TrainConfig:
     """Train the last layer alone; the BatchNorms keep the statistics of --weights as well."""
 
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes that read a folder's pictures; left out: one a core, up to 8."""
+    """Processes that read a folder's pictures; left out: one a core, up to 16."""
 
     patience: int = 30
     """Stop after so many epochs in a row without a better validation accuracy."""
@@ -234,7 +234,7 @@ class EvalConfig:
     """Images at a time."""
 
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes that read a folder's pictures; left out: one a core, up to 8."""
+    """Processes that read a folder's pictures; left out: one a core, up to 16."""
 
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""

@@ -16,7 +16,7 @@ from fastres.train.weights import torchvision_weights
 
 Part: TypeAlias = ImageSet | PictureSet
 FOLDER_IMAGE_SIZE = 224
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 
 
 def image_size(dataset: Dataset | PictureFolder, config: TrainConfig) -> int:
@@ -36,7 +36,7 @@ def stem_for(size: int, config: TrainConfig) -> str:
 
 
 def worker_count(workers: int | None) -> int:
-    """`workers`, or one for each core that this process may use, up to 8."""
+    """`workers`, or one for each core that this process may use, up to 16."""
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS) if workers is None else workers
 
 

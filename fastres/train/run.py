@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastres.data import Dataset, PictureFolder
+from fastres.data.datasets import FOLDER
 from fastres.data.folder import resize_size
 from fastres.train import checkpoint
 from fastres.train.config import TrainConfig, differences, from_dict, to_dict
@@ -55,6 +56,9 @@ class Run:
             "num_classes": len(dataset.classes),
         }
         self.dataset = dataset
+        self.data = config.data
+        if isinstance(dataset, PictureFolder):
+            self.data = f"{FOLDER}{dataset.path}"  # from wherever the checkpoint is used
         self.split = split_content(dataset, config)
         model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
         if config.weights is not None and not _has_checkpoint(config):
@@ -91,7 +95,7 @@ class Run:
             "version": __version__,
             "model_name": self.model_name,
             "model_arguments": self.model_arguments,
-            "data": self.config.data,
+            "data": self.data,
             "classes": list(self.dataset.classes),
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
