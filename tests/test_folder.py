@@ -483,6 +483,15 @@ class TestFit:
             evaluate(None)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_eval_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    classes = data.sample().classes
+    source = write_pictures(tmp_path / "pictures", 3, tuple(classes))
+    best = fit(tmp_path / "run", source, epochs=1, image_size=40).best_checkpoint
+    with pytest.raises(data.DataError, match=r"sample has images of 32 pixels, but .* on 40"):
+        train.evaluate_checkpoint(train.EvalConfig(best, data="sample"))
+
+
 def test_settings() -> None:
     with pytest.raises(train.ConfigError, match=r"data is 'folder:', expected .* or folder:PATH"):
         train.TrainConfig(data="folder:")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.data import Batches, DataError, PictureBatches, PictureSet, load, normalize
+from fastres.data import Batches, DataError, ImageSet, PictureBatches, PictureSet, load, normalize
 from fastres.data.folder import MAX_NAMED, SUFFIXES, evaluation_transform, read_picture
 from fastres.train import checkpoint
 from fastres.train.config import EvalConfig, PredictConfig
@@ -61,12 +61,18 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[str, Meter, Outcomes]:
     if list(dataset.classes) != content["classes"]:
         raise DataError(f"{name} has other classes than {config.checkpoint} was trained on")
     part = test_part(dataset, content["split"])
+    size = content["image_size"]
+    if isinstance(part, ImageSet) and part.images.shape[-1] != size:
+        raise DataError(
+            f"{name} has images of {part.images.shape[-1]} pixels, but {config.checkpoint} was "
+            f"trained on {size}"
+        )
     common = (config.batch_size, content["mean"], content["std"])
     if isinstance(part, PictureSet):
         batches: Batches | PictureBatches = PictureBatches(
             part,
             *common,
-            image_size=content["image_size"],
+            image_size=size,
             resize_size=content["resize_size"],
             device=device,
             workers=worker_count(config.workers),
