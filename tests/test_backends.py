@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run_python
 from torch import Tensor
 
 import fastres
 from cases import ODD_CONVS, RESNET_CONVS
 from fastres import env, ops
 from fastres.backends import cpu
+from running import run_python
 from tolerances import relative_error
 
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from running import run_python
 from torch import Tensor
 
 from cases import ODD_ACTIVATIONS, Activation
 from fastres import _C
 from fastres.ops import reference
+from running import run_python
 from tolerances import assert_within_twice
 
 OPS = torch.ops.fastres

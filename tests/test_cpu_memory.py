@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from algorithms import AMX
-from running import in_threads, run_python
 
 from fastres import _C, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
+from running import in_threads, run_python
 
 LARGE = (4, 64, 64, 64)  # 4 MB
 gives_memory_away = pytest.mark.skipif(

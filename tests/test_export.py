@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from running import run_python
 from torch import Tensor, nn
 
 from fastres import data, train
@@ -16,6 +15,7 @@ from fastres.cli import main
 from fastres.export import METADATA, ExportConfig, ExportError, export
 from fastres.models.resnet import BasicBlock, FusedBasicBlock, FusedResNet, ResNet
 from fastres.train import checkpoint, inference
+from running import run_python
 from tolerances import relative_error
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported)")

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from running import in_threads
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fastres import models, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
 from fastres.nn import PackedWeights, Pending, finish, max_pool
+from running import in_threads
 from tolerances import assert_within_twice
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}

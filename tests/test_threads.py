@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from running import in_threads, run_python
 from torch import Tensor
 
 import fastres
 from cases import Conv
 from fastres import _C, ops
 from fastres.backends import cpu
+from running import in_threads, run_python
 from tolerances import relative_error
 
 CONVS = (

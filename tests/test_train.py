@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,73 +17,12 @@ from fastres.train import checkpoint, config, loop, seed
 from fastres.train import run as run_state
 from fastres.train.early_stopping import EarlyStopping
 from fastres.train.files import write_atomically
-
-TINY = """
-import torch
-from torch import nn
-from fastres import data
-
-def build_model(name, arguments):
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, arguments["num_classes"]),
-    )
-
-torch.set_num_threads(1)  # so little work is only slowed down by a second thread
-whole = data.sample()
-
-def load(name, root):
-    return data.Dataset(whole.train[torch.arange(100)], whole.test[torch.arange(40)])
-"""
-TINY_NAMES: dict[str, Any] = {}
-exec(TINY, TINY_NAMES)
-FEW_EPOCHS = {"epochs": 3, "batch_size": 16, "device": "cpu"}
-TIMES = ("images_per_second", "seconds")
+from tiny_runs import FEW_EPOCHS, TINY_NAMES, assert_same_end, fit, last, metrics, use_tiny
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of a few hundred weights and 100 training images: an epoch takes milliseconds."""
-    for module in ("run", "inference"):
-        monkeypatch.setattr(f"fastres.train.{module}.build_model", TINY_NAMES["build_model"])
-    for module in ("loop", "inference"):
-        monkeypatch.setattr(f"fastres.train.{module}.load", TINY_NAMES["load"])
-
-
-def fit(out: Path, **changes: Any) -> train.Result:
-    return train.fit(train.TrainConfig(out=out, **{**FEW_EPOCHS, **changes}), progress=False)
-
-
-def last(out: Path) -> dict[str, Any]:
-    return checkpoint.load(out / "last.pt", run_state.RUN_KEYS)
-
-
-def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in history]
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Both runs came to the same weights, optimizer, best epoch and metrics, bit for bit."""
-    for name, keys in (("last.pt", run_state.RUN_KEYS), ("best.pt", run_state.MODEL_KEYS)):
-        a, b = (checkpoint.load(out / name, keys) for out in (one, other))
-        assert a["epoch"] == b["epoch"]
-        for key, value in a["model"].items():
-            assert torch.equal(value, b["model"][key]), key
-    a, b = last(one), last(other)
-    for index, moments in a["optimizer"]["state"].items():
-        buffer = b["optimizer"]["state"][index]["momentum_buffer"]
-        assert torch.equal(moments["momentum_buffer"], buffer)
-    assert a["early_stopping"] == b["early_stopping"]
-    assert a["scheduler"] == b["scheduler"]
-    assert torch.equal(a["random"]["torch"], b["random"]["torch"])
-    assert timeless(metrics(one)) == timeless(metrics(other))
-    results = [json.loads((out / "result.json").read_text()) for out in (one, other)]
-    assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
-    assert results[0]["test_loss"] == results[1]["test_loss"]
+    use_tiny(monkeypatch)
 
 
 class TestConfig:
@@ -214,8 +149,8 @@ class TestFit:
         out = tmp_path / "run"
         result = fit(out, step_size=2, lr=0.1)
         names = """
-            best.pt config.json confusion.png curves.png last.pt metrics.csv metrics.jsonl
-            result.json test.json wrongest.png
+            best.pt config.json confusion.png curves.png last.previous.pt last.pt metrics.csv
+            metrics.jsonl result.json test.json wrongest.png
         """
         assert sorted(path.name for path in out.iterdir()) == names.split()
         assert json.loads((out / "config.json").read_text())["step_size"] == 2
@@ -351,183 +286,6 @@ class TestCheckpoint:
         fit(tmp_path / "run", epochs=1)
         with pytest.raises(train.CheckpointError, match=r"best\.pt lacks averaging, config"):
             checkpoint.load(tmp_path / "run" / "best.pt", run_state.RUN_KEYS)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """The folder of a run of three epochs that nothing disturbed."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-
-    def folder() -> Path:  # called in a test, where the tiny model is in place
-        if not out.exists():
-            fit(out)
-        return out
-
-    return folder
-
-
-# Where a process shoots itself: after a training step, or before a file is put in place.
-KILL_POINTS = (
-    "(run.epoch, run.meter.step) == (0, 2)",
-    "(run.epoch, run.meter.step) == (1, 5)",
-    "target == 'best.pt' and run.epoch == 1",
-    "target == 'last.pt' and run.epoch == 2",
-    "target == 'metrics.jsonl' and run.epoch == 2",
-    "target == 'curves.png' and run.epoch == 3",
-    "target == 'result.json'",
-)
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fastres import train
-from fastres.train import loop, report
-from fastres.train import run as run_state
-
-run_state.build_model, loop.load = build_model, load
-runs = []
-init, step, replace = run_state.Run.__init__, report.Report.training_step, os.replace
-point = None
-
-def shoot(run, target):
-    if eval(point):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def replacing(source, target):
-    if runs:
-        shoot(runs[0], Path(target).name)
-    replace(source, target)
-
-run_state.Run.__init__ = lambda run, *args: (runs.append(run), init(run, *args))[1]
-report.Report.training_step = lambda self, meter: (step(self, meter), shoot(runs[0], None))[0]
-os.replace = replacing
-
-for number, point in enumerate(POINTS):
-    if (child := os.fork()) == 0:
-        train.fit(train.TrainConfig(out=OUT / str(number), **FEW_EPOCHS), progress=False)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
-"""
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run per kill point, each killed there; one process is their parent."""
-    out = tmp_path_factory.mktemp("killed")
-    script = out / "killed.py"
-    names = f"POINTS, FEW_EPOCHS = {KILL_POINTS!r}, {FEW_EPOCHS!r}\n"
-    script.write_text(TINY + names + KILLED.replace("OUT", f"Path({str(out)!r})"))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-class TestResume:
-    @pytest.mark.parametrize("number", range(len(KILL_POINTS)), ids=KILL_POINTS)
-    def test_killed_and_resumed_is_bit_equal(
-        self, number: int, killed: Path, unbroken: Callable[[], Path]
-    ) -> None:
-        out = killed / str(number)
-        assert not (out / "result.json").exists()
-        fit(out, resume=True)
-        assert_same_end(out, unbroken())
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 5), (2, 3)])
-    def test_signal_saves_inside_the_epoch(
-        self,
-        number: signal.Signals,
-        epoch: int,
-        step: int,
-        tmp_path: Path,
-        unbroken: Callable[[], Path],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        out = tmp_path / "run"
-        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-        real = data.Batches.iterate
-
-        def iterate(self: data.Batches, first: int = 0) -> Any:
-            for index, batch in enumerate(real(self, first), start=1):
-                if self.augment and (self.epoch, index) == (epoch, step):
-                    os.kill(os.getpid(), number)
-                yield batch
-
-        with monkeypatch.context() as patch:
-            patch.setattr(data.Batches, "iterate", iterate)
-            with pytest.raises(train.RunInterruptedError, match=f"train --out {out} --resume"):
-                fit(out)
-        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-        saved = last(out)
-        assert (saved["epoch"], saved["meter"]["step"]) == (epoch, step)
-        fit(out, resume=True)
-        assert_same_end(out, unbroken())
-
-    @pytest.mark.parametrize("part", [20, 40])
-    def test_signal_while_evaluating(
-        self,
-        part: int,
-        tmp_path: Path,
-        unbroken: Callable[[], Path],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        real = data.Batches.iterate
-
-        def iterate(self: data.Batches, first: int = 0) -> Any:
-            if len(self.part) == part:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield from real(self, first)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(data.Batches, "iterate", iterate)
-            with pytest.raises(train.RunInterruptedError):
-                fit(tmp_path)
-        fit(tmp_path, resume=True)
-        assert_same_end(tmp_path, unbroken())
-
-    def test_more_epochs(self, tmp_path: Path, unbroken: Callable[[], Path]) -> None:
-        fit(tmp_path, epochs=1)
-        fit(tmp_path, resume=True, epochs=3)
-        assert_same_end(tmp_path, unbroken())
-
-    def test_finished_run_ends_the_same(self, tmp_path: Path, unbroken: Callable[[], Path]) -> None:
-        fit(tmp_path)
-        fit(tmp_path, resume=True)
-        assert_same_end(tmp_path, unbroken())
-
-    def test_early_stopping_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = loop.evaluate
-
-        def evaluate(model: nn.Module, batches: data.Batches, **options: Any) -> train.Meter:
-            meter = real(model, batches, **options)
-            meter.correct = 5
-            return meter
-
-        monkeypatch.setattr(loop, "evaluate", evaluate)
-        fit(tmp_path, epochs=2, patience=3)
-        result = fit(tmp_path, epochs=9, patience=3, resume=True)
-        assert (result.best_epoch, result.epochs) == (1, 4)
-
-    def test_other_settings_are_refused_by_name(self, tmp_path: Path) -> None:
-        fit(tmp_path, epochs=1)
-        before = (tmp_path / "last.pt").read_bytes()
-        with pytest.raises(train.RunFolderError) as error:
-            fit(tmp_path, epochs=1, resume=True, lr=0.7, seed=3, root=Path("elsewhere"))
-        assert "lr (was 0.02, is 0.7)" in str(error.value)
-        assert "seed (was 0, is 3)" in str(error.value)
-        assert "root (" not in str(error.value)
-        assert "momentum" not in str(error.value)
-        assert (tmp_path / "last.pt").read_bytes() == before
-
-    def test_no_run_there(self, tmp_path: Path) -> None:
-        with pytest.raises(train.RunFolderError, match=f"no run to resume in {tmp_path}"):
-            fit(tmp_path, resume=True)
-
-    def test_best_of_another_run(self, tmp_path: Path) -> None:
-        fit(tmp_path)
-        content = checkpoint.load(tmp_path / "best.pt", run_state.MODEL_KEYS)
-        checkpoint.save(tmp_path / "best.pt", {**content, "epoch": 99})
-        with pytest.raises(train.CheckpointError, match=r"best\.pt is of epoch 99"):
-            fit(tmp_path, resume=True)
 
 
 class TestPredict:

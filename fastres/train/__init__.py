@@ -8,6 +8,7 @@ from fastres.train.errors import (
     RunFolderError,
     RunInterruptedError,
     TrainError,
+    WriteError,
 )
 from fastres.train.inference import Prediction, evaluate_checkpoint, load_model, predict
 from fastres.train.loop import Result, evaluate, fit, train_one_epoch
@@ -32,6 +33,7 @@ __all__ = [
     "RunInterruptedError",
     "TrainConfig",
     "TrainError",
+    "WriteError",
     "evaluate",
     "evaluate_checkpoint",
     "fit",

@@ -13,9 +13,37 @@ from fastres.train.files import write_atomically
 FORMAT = 1
 
 
+def previous(path: Path) -> Path:
+    """Where `save` keeps the checkpoint that stood at `path` before: X.previous.pt for X.pt."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (tensors and plain Python values) to `path` atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    """Write `content` (tensors and plain Python values) to `path` atomically; see `previous`.
+
+    Raises:
+        WriteError: the disk is full, for one; both files are as they were.
+    """
+    write_atomically(
+        path, lambda file: torch.save({"format": FORMAT, **content}, file), keep=previous(path)
+    )
+
+
+def load_or_previous(path: Path, keys: frozenset[str]) -> tuple[dict[str, Any], str | None]:
+    """What `load` returns of `path`, or else of the one before it, and then why.
+
+    Raises:
+        CheckpointError: neither can be used.
+    """
+    try:
+        return load(path, keys), None
+    except CheckpointError as error:
+        if not previous(path).exists():
+            raise
+        try:
+            return load(previous(path), keys), f"{error}; going on from {previous(path)}"
+        except CheckpointError as second:
+            raise CheckpointError(f"{error}; and {second}") from error
 
 
 def load(path: Path, keys: frozenset[str]) -> dict[str, Any]:

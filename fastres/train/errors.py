@@ -15,6 +15,15 @@ class RunFolderError(TrainError):
     """The run's folder cannot be used as asked."""
 
 
+class WriteError(TrainError):
+    """A file cannot be written; what stood in its place stays."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"cannot write {path} ({error.strerror or error}); the files written before are whole"
+        )
+
+
 class NonFiniteLossError(TrainError):
     """The loss became NaN or infinite."""
 

@@ -144,7 +144,8 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         RunFolderError: the folder is not empty, or has no run to resume, or one of other settings.
-        CheckpointError: a checkpoint to go on from is damaged.
+        CheckpointError: the checkpoint to go on from is damaged, and so is the one before it.
+        WriteError: a file cannot be written, as on a full disk; what was written before stays.
         NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint stays.
         RunInterruptedError: SIGINT or SIGTERM came; the state is saved.
     """
@@ -171,10 +172,10 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
 
     seed_everything(config.seed)
     run = Run(config, dataset, device, len(train))
-    folder = _open_folder(config, run)
+    report = Report(config.epochs, len(train), enabled=progress)
+    folder = _open_folder(config, run, report)
     amp = resolve_amp(config.amp, device)
     loss_function = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-    report = Report(config.epochs, len(train), enabled=progress)
     board = TensorBoard(folder.tensorboard, run.epoch, enabled=config.tensorboard)
     with report, stop_on_signal() as stop:
         report.start(
@@ -209,7 +210,9 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                 )
                 validation = evaluate(run.evaluated, valid, amp=amp, on_step=leave_if_asked)
             except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}") from error
+                kept = run.stopping.best_epoch
+                best = f"; {folder.best} keeps epoch {kept}, the best so far" if kept else ""
+                raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}{best}") from error
             except DataError:  # a picture went missing: between two steps, so nothing is lost
                 run.save_last(folder.last)
                 raise
@@ -234,15 +237,17 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     return result
 
 
-def _open_folder(config: TrainConfig, run: Run) -> RunFolder:
+def _open_folder(config: TrainConfig, run: Run, report: Report) -> RunFolder:
     """A new folder, or the old one with its state put into `run`."""
     if not config.resume:
         return RunFolder.create(config)
     assert config.out is not None  # TrainConfig refuses resume without out
     folder = RunFolder.existing(config.out)
-    if folder.last.exists():
-        run.load_last(folder.last)
-        folder.write_metrics(run.history)
+    if folder.has_checkpoint:
+        if damage := run.load_last(folder.last):
+            report.warn(damage)
+        run.find_best(folder.best)
+        _write_history(run, folder)  # it may have been killed before it did
     else:  # killed before its first checkpoint: the run begins again
         refuse_other_settings(folder.config, folder.read_config(), config)
     return folder
@@ -267,9 +272,14 @@ def _end_epoch(run: Run, validation: Meter, folder: RunFolder, report: Report) -
     if best:
         run.save_best(folder.best)
     run.save_last(folder.last)
-    folder.write_metrics(run.history)
-    draw_curves(folder.curves, run.history, run.stopping.best_epoch)
+    _write_history(run, folder)
     report.end_epoch(line, best=best)
+
+
+def _write_history(run: Run, folder: RunFolder) -> None:
+    folder.write_metrics(run.history)
+    if run.history:
+        draw_curves(folder.curves, run.history, run.stopping.best_epoch)
 
 
 def _result(run: Run, tested: Meter, folder: RunFolder) -> Result:

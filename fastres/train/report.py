@@ -57,6 +57,10 @@ class Report:
         """A line for people and for grep: a narrow terminal must not break it in two."""
         self.console.print(text, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Say what is not as it should be, though the run goes on."""
+        self._print(f"warning: {text}")
+
     def start(self, text: str) -> None:
         """Say what begins."""
         self._print(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -128,8 +129,13 @@ class Run:
         }
         checkpoint.save(path, content)
 
-    def load_last(self, path: Path) -> None:
-        content = checkpoint.load(path, RUN_KEYS)
+    def load_last(self, path: Path) -> str | None:
+        """Put back what `save_last` wrote, or if that is damaged what it wrote before.
+
+        Returns:
+            In the latter case what is wrong, for people.
+        """
+        content, damage = checkpoint.load_or_previous(path, RUN_KEYS)
         refuse_other_settings(path, from_dict(content["config"]), self.config)
         if content["split"]["fingerprint"] != self.split["fingerprint"]:
             raise RunFolderError(
@@ -151,20 +157,46 @@ class Run:
             set_random_state(content["random"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this run: {error}") from error
+        if damage:  # or the next save would keep the damaged file in the place of the good one
+            os.replace(checkpoint.previous(path), path)
+        return damage
+
+    def find_best(self, path: Path) -> None:
+        """See to it that the best epoch's checkpoint is at `path`, be it the one before.
+
+        It is that one where the run goes on from before the latest best epoch.
+        """
+        if self.stopping.best_epoch == 0:
+            return
+        try:
+            self._read_best(path)
+        except CheckpointError as first:
+            former = checkpoint.previous(path)
+            if not former.exists():
+                raise
+            try:
+                self._read_best(former)
+            except CheckpointError as second:
+                raise CheckpointError(f"neither can be used: {first}; {second}") from first
+            os.replace(former, path)
 
     def load_best(self, path: Path) -> None:
+        """Put the best epoch's weights into the model that is evaluated."""
+        self.evaluated.load_state_dict(self._read_best(path)["model"])
+
+    def _read_best(self, path: Path) -> dict[str, Any]:
         content = checkpoint.load(path, MODEL_KEYS)
         if content["epoch"] != self.stopping.best_epoch:
             raise CheckpointError(
                 f"{path} is of epoch {content['epoch']}, but the run's best epoch is "
                 f"{self.stopping.best_epoch}: it is not this run's"
             )
-        self.evaluated.load_state_dict(content["model"])
+        return content
 
 
 def _has_checkpoint(config: TrainConfig) -> bool:
     """Whether the run goes on from a checkpoint, which holds everything that it began with."""
-    return config.resume and config.out is not None and RunFolder(config.out).last.exists()
+    return config.resume and config.out is not None and RunFolder(config.out).has_checkpoint
 
 
 def refuse_other_settings(path: Path, old: TrainConfig, new: TrainConfig) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastres.data.datasets import FOLDER
+from fastres.train import checkpoint
 from fastres.train.config import ConfigError, TrainConfig, from_dict, to_dict
 from fastres.train.errors import RunFolderError
-from fastres.train.files import write_json, write_text
+from fastres.train.files import temporary_name, write_json, write_text
 
 
 class RunFolder:
@@ -32,6 +33,11 @@ class RunFolder:
         self.test = path / "test.json"
         self.result = path / "result.json"
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.last.exists() or checkpoint.previous(self.last).exists()
+
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:
         """A new folder at config.out, or at runs/DATA-MODEL-TIME.
@@ -43,7 +49,8 @@ class RunFolder:
         # A folder of pictures is called by its own name, not by its whole path.
         data = Path(config.data.removeprefix(FOLDER)).resolve().name
         path = config.out or Path("runs") / f"{data}-{config.model}-{time}"
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        begun = temporary_name(cls(path).config)  # of a run that was killed in this function
+        if path.exists() and (not path.is_dir() or any(file != begun for file in path.iterdir())):
             raise RunFolderError(
                 f"{path} is not empty: choose another --out, or --resume the run in it"
             )
