@@ -180,7 +180,11 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={"fastres.kernels": "kernels"},
-    package_data={"fastres": ["py.typed", "*.pyi"], "fastres.data": ["sample/*"]},
+    package_data={
+        "fastres": ["py.typed", "*.pyi"],
+        "fastres.data": ["sample/*"],
+        "fastres.kernels": ["tuned/*.json"],
+    },
     ext_modules=[
         Extension(
             "fastres._C",

@@ -1,4 +1,4 @@
-"""`fastres train | eval | predict | export | env`: arguments only; no work is done here."""
+"""`fastres train | eval | predict | export | tune | env`: arguments only, no work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from fastres import env, train
+from fastres import env, train, tune
 from fastres.data import DataError
 from fastres.export import ExportConfig, ExportError, export
 from fastres.train import RECIPES, EvalConfig, PredictConfig, TrainConfig, report
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Any] = {
     "eval": EvalConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
+    "tune": tune.TuneConfig,
     "env": EnvConfig,
 }
 
@@ -39,6 +40,17 @@ class _Start:
     recipe: RecipeName = "standard"
     out: Path | None = None
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+# What a user can put right: one line, no traceback.
+KNOWN_ERRORS = (
+    train.ConfigError,
+    DataError,
+    train.TrainError,
+    ExportError,
+    tune.TuneError,
+    OSError,
+)
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -66,6 +78,8 @@ def run(config: Any) -> None:
     """Do what `config` asks for."""
     if isinstance(config, EnvConfig):
         env.main()
+    elif isinstance(config, tune.TuneConfig):
+        tune.main(config)
     elif isinstance(config, TrainConfig):
         train.fit(config)
     elif isinstance(config, EvalConfig):
@@ -83,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except train.RunInterruptedError as error:
         print(f"fastres: {error}", file=sys.stderr)
         return 130
-    except (train.ConfigError, DataError, train.TrainError, ExportError, OSError) as error:
+    except KNOWN_ERRORS as error:
         print(f"fastres: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastres import _C
+from fastres import _C, tune
 from fastres.backends import cpu
 from fastres.ops._register import LAUNCHERS, OPS, why_no_triton
 from fastres.version import __version__
@@ -28,7 +28,9 @@ VARIABLES = {
     "results; default: 1024, or an eighth of the machine's memory if that is less",
     "FASTRES_LOG": "conv: a line on stderr for every distinct convolution on the CPU, when it is "
     "first seen: its sizes, what computes it, and why",
-    "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours), cudnn or auto: ours wherever it fits",
+    "FASTRES_GPU_CONV": "convolution on CUDA: triton (ours), cudnn or auto: by the tables",
+    "FASTRES_GPU_TABLE": "a table of `fastres tune` to read before what ships; none: no table at "
+    "all; default: the one stored for this card",
 }
 
 
@@ -162,6 +164,18 @@ def main() -> None:
         algorithms.add_row(conv.name, *conv.inference, *conv.training)
     console.print(algorithms)
     console.print(f"fastres.backends.cpu.allow_winograd = {cpu.allow_winograd}")
+
+    no_triton = why_no_triton()
+    if no_triton is None:
+        choices = Table(
+            "convolution", "computed by", "why", title="Convolutions on CUDA in bfloat16"
+        )
+        choices.title_justify = "left"
+        for row in tune.typical_choices():
+            choices.add_row(*row)
+        console.print(choices)
+    else:
+        console.print(f"Convolutions on CUDA: not live: {no_triton}")
 
     settings = Table("variable", "value", "meaning", title="Settings", title_justify="left")
     for variable, meaning in VARIABLES.items():

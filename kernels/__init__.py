@@ -2,12 +2,13 @@
 schema, in order, and returns what it returns. Nothing is registered here.
 
 Needs only torch and triton. One kernel file holds the jit forward, the jit backward and the
-launcher. See ``choose_conv`` for FASTRES_GPU_CONV.
+launcher. See ``choice`` for who convolves.
 """
 
 from .add_relu import add_relu, add_relu_backward
 from .bn_add_relu import bn_add_relu, bn_add_relu_backward
-from .conv import choose_conv, conv_bn_relu, conv_stats
+from .choice import choose_conv
+from .conv import conv_bn_relu, conv_stats
 from .conv_backward import conv_stats_backward
 
 __all__ = [

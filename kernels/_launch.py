@@ -62,8 +62,18 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def rows_of(tensor: Tensor) -> int:
-    """N*H*W of an ``(N, C, H, W)`` tensor."""
-    return tensor.shape[0] * tensor.shape[2] * tensor.shape[3]
+    """N*H*W of an ``(N, C, H, W)`` tensor.
+
+    Raises:
+        RuntimeError: there are 2^31 or more: kernels count rows in 32 bits, elements in 64.
+    """
+    rows = tensor.shape[0] * tensor.shape[2] * tensor.shape[3]
+    if rows > INT32_ELEMENTS - 2**20:
+        raise RuntimeError(
+            f"fastres: a tensor of shape {tuple(tensor.shape)} has {rows} pixels, expected fewer "
+            "than 2^31 in a batch"
+        )
+    return rows
 
 
 class RowTile(NamedTuple):

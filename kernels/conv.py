@@ -5,10 +5,6 @@ epilogue applies BatchNorm, residual and ReLU; in training the prologue applies 
 BatchNorm and ReLU as the input is loaded, and the epilogue yields each channel's statistics.
 """
 
-import functools
-import os
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,29 +22,10 @@ from ._launch import (
 )
 from .bn_add_relu import bn_add_relu, channel_scale
 from .channel_stats import channel_stats, merge_stats
+from .choice import CUDNN_FUSED, ConvTile, choose_conv, conv_tile, target_of
 
 GROUP_ROWS = 8
-
-
-class ConvTile(NamedTuple):
-    """A tile configuration; block_depth is in bytes of Ci, so that 16- and 32-bit share it."""
-
-    block_rows: int
-    block_columns: int
-    block_depth_bytes: int
-    num_warps: int
-    num_stages: int
-
-    def block_depth(self, dtype: torch.dtype) -> int:
-        return self.block_depth_bytes // dtype.itemsize
-
-
-CONV_TILES = {
-    "wide": ConvTile(128, 256, 128, 8, 3),
-    "square": ConvTile(128, 128, 128, 8, 3),
-    "tall": ConvTile(128, 64, 128, 4, 4),
-    "small": ConvTile(64, 64, 128, 4, 3),
-}
+FOLD_BLOCK = 1024
 
 
 @triton.jit
@@ -237,78 +214,74 @@ def conv_fwd_kernel(
         )
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@triton.jit
+def fold_bn_kernel(
+    weight,  # (out_channels, depth)
+    running_mean,  # (out_channels,)
+    running_var,  # (out_channels,)
+    bias,  # (out_channels,) of the convolution, or None for 0
+    bn_weight,  # (out_channels,) or None for 1
+    bn_bias,  # (out_channels,) or None for 0
+    folded,  # (out_channels, depth) dtype of weight
+    shift,  # (out_channels,) dtype of weight
+    depth,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    channel = tl.program_id(0)
+    scale = channel_scale(running_var, bn_weight, channel, True, EPS, tl.float32)
+    offset = -tl.load(running_mean + channel).to(tl.float32)
+    if bias is not None:
+        offset += tl.load(bias + channel).to(tl.float32)
+    offset *= scale
+    if bn_bias is not None:
+        offset += tl.load(bn_bias + channel).to(tl.float32)
+    tl.store(shift + channel, offset.to(shift.dtype.element_ty))
+    for start in range(0, depth, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        value = tl.load(weight + channel * depth + d, mask=d < depth, other=0.0).to(tl.float32)
+        value = (value * scale).to(folded.dtype.element_ty)
+        tl.store(folded + channel * depth + d, value, mask=d < depth)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    # The interpreter runs whatever the newest device would.
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def fold_bn(weight: Tensor, epilogue: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
+    """The weight times BatchNorm's scale, and its shift ``(Co,)``, in the weight's dtype."""
+    weight = channels_last(weight)
+    folded = torch.empty_like(weight)
+    channels = weight.shape[0]
+    shift = weight.new_empty((channels,))
+    with torch.cuda.device_of(weight):
+        fold_bn_kernel[(channels,)](
+            weight,
+            *epilogue,
+            folded,
+            shift,
+            weight[0].numel(),
+            EPS=eps,
+            BLOCK=FOLD_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return folded, shift
 
 
-def _fits_triton(input: Tensor, weight: Tensor, dilation: list[int], groups: int) -> bool:
-    if input.dtype == torch.float32:
-        tensor_cores = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    else:
-        tensor_cores = input.dtype in (torch.float16, torch.bfloat16)
-    return (
-        tensor_cores
-        and groups == 1
-        and all(d == 1 for d in dilation)
-        # 16 channels keep every row of a tile 16-byte aligned: asynchronous copies, no spills.
-        and all(c > 0 and c % 16 == 0 for c in weight.shape[:2])
-        and input.numel() > 0
-        and _capability(input.device) >= (8, 0)
-    )
-
-
-def choose_conv(
+def _cudnn_fused(
     input: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    training: bool,
-) -> str:
-    """Who convolves: "triton" (fused) or "cudnn" (aten's convolution, then fused elementwise).
-
-    FASTRES_GPU_CONV=triton or cudnn overrides the choice where Triton's kernel fits: 16-bit, or
-    float32 where torch allows TF32 in convolutions; no groups, no dilation, channels in sixteens.
-    """
-    asked = os.environ.get("FASTRES_GPU_CONV", "auto")
-    if asked not in ("auto", "triton", "cudnn"):
-        raise ValueError(f"FASTRES_GPU_CONV is {asked!r}, expected 'triton', 'cudnn' or 'auto'")
-    if not _fits_triton(input, weight, dilation, groups):
-        return "cudnn"
-    return "triton" if asked == "auto" else asked
-
-
-def tile_fits(name: str, dtype: torch.dtype, prologue: bool, capability: tuple[int, int]) -> bool:
-    """Whether a tile's registers suffice: the wide one has none left for anything more."""
-    return name != "wide" or (dtype.itemsize == 2 and not prologue and capability >= (9, 0))
-
-
-def choose_tile(rows: int, columns: int, input: Tensor, prologue: bool) -> str:
-    """The name of the largest tile that fits and gives every multiprocessor a program."""
-    enough = _multiprocessors(input.device)
-
-    def programs(name: str) -> int:
-        tile = CONV_TILES[name]
-        return triton.cdiv(rows, tile.block_rows) * triton.cdiv(columns, tile.block_columns)
-
-    wide = tile_fits("wide", input.dtype, prologue, _capability(input.device))
-    if wide and columns % 256 == 0 and programs("wide") >= 2 * enough:
-        return "wide"
-    if columns > 64 and programs("square") >= enough:
-        return "square"
-    if programs("tall") >= enough:
-        return "tall"
-    return "small"
+    epilogue: list[Tensor | None],
+    eps: float,
+    residual: Tensor | None,
+    *geometry: object,
+) -> Tensor:
+    # Folded anew in every call, so that no change of a parameter can be missed.
+    folded, shift = fold_bn(weight, epilogue, eps)
+    input = channels_last(input)
+    if residual is None:
+        output = torch.cudnn_convolution_relu(input, folded, shift, *geometry)
+    else:
+        residual = channels_last(residual)
+        output = torch.cudnn_convolution_add_relu(input, folded, residual, 1.0, shift, *geometry)
+    return channels_last(output)
 
 
 def _output_shape(
@@ -341,6 +314,10 @@ def _output_shape(
     ]
     require(min(size) > 0, op, f"output would be {size[0]} x {size[1]}, expected at least 1 x 1")
     return input.shape[0], weight.shape[0], size[0], size[1]
+
+
+def _tile_of(choice: str, input: Tensor) -> ConvTile:
+    return conv_tile(choice.removeprefix("triton:"), target_of(input.device))
 
 
 def _launch_conv(
@@ -416,11 +393,13 @@ def conv_bn_relu(
     groups: int,
     relu: bool,
     packed: Tensor | None,
+    choice: str | None = None,
 ) -> Tensor:
     """relu?(bn(conv(input, weight) + bias) [+ residual]) with BatchNorm's running statistics.
 
     input is ``(N, Ci, H, W)``, weight ``(Co, Ci / groups, kh, kw)``, residual like the result, the
-    vectors ``(Co,)``; packed is the CPU's and is ignored. Returns ``(N, Co, OH, OW)``,
+    vectors ``(Co,)``; packed is the CPU's and is ignored; choice is one of choice.candidates, None
+    for choose_conv's. Returns ``(N, Co, OH, OW)``,
     channels_last. Raises RuntimeError where shapes, dtypes or devices do not fit.
     """
     op = "conv_bn_relu"
@@ -435,7 +414,13 @@ def conv_bn_relu(
         bn_weight=bn_weight,
         bn_bias=bn_bias,
     )
-    if choose_conv(input, weight, stride, padding, dilation, groups, False) == "cudnn":
+    geometry = (stride, padding, dilation, groups)
+    if choice is None:
+        name = "conv_bn" + "_add" * (residual is not None) + "_relu" * relu
+        choice = choose_conv(input, weight, *geometry, name)
+    if choice in CUDNN_FUSED.values():
+        return _cudnn_fused(input, weight, epilogue, eps, residual, *geometry)
+    if choice == "cudnn":
         z = torch.ops.aten.convolution(
             channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
         )
@@ -445,7 +430,7 @@ def conv_bn_relu(
     input, weight = channels_last(input), channels_last(weight)
     output = empty_channels_last(input, shape)
     require_like(op, "residual", residual, "the output", output)
-    tile = CONV_TILES[choose_tile(rows_of(output), shape[1], input, prologue=False)]
+    tile = _tile_of(choice, input)
     with torch.cuda.device_of(input):
         _launch_conv(
             input,
@@ -478,12 +463,14 @@ def conv_stats(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    choice: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(relu(bn(input)), weight), and z's mean and biased variance over N, H, W.
 
     Without in_mean the input is convolved as it is. input is ``(N, Ci, H, W)``, weight
-    ``(Co, Ci / groups, kh, kw)``, the vectors ``(Ci,)``. Returns z ``(N, Co, OH, OW)``
-    channels_last, mean and variance ``(Co,)``. Raises RuntimeError where shapes do not fit.
+    ``(Co, Ci / groups, kh, kw)``, the vectors ``(Ci,)``; choice as for conv_bn_relu. Returns z
+    ``(N, Co, OH, OW)`` channels_last, mean and variance ``(Co,)``. Raises RuntimeError where
+    shapes do not fit.
     """
     op = "conv_stats"
     require((in_mean is None) == (in_var is None), op, "in_mean and in_var must be given together")
@@ -497,7 +484,10 @@ def conv_stats(
         in_weight=in_weight,
         in_bias=in_bias,
     )
-    if choose_conv(input, weight, stride, padding, dilation, groups, True) == "cudnn":
+    if choice is None:
+        name = "conv_stats" if in_mean is None else "bn_conv_stats"
+        choice = choose_conv(input, weight, stride, padding, dilation, groups, name)
+    if choice == "cudnn":
         if in_mean is not None:
             none = (None,) * 5
             input = bn_add_relu(input, *prologue, in_eps, *none, 0.0, True)
@@ -508,7 +498,7 @@ def conv_stats(
     input, weight = channels_last(input), channels_last(weight)
     output = empty_channels_last(input, shape)
     rows = rows_of(output)
-    tile = CONV_TILES[choose_tile(rows, shape[1], input, prologue=in_mean is not None)]
+    tile = _tile_of(choice, input)
     part_mean = torch.empty(
         (triton.cdiv(rows, tile.block_rows), shape[1]),
         dtype=parameter_dtype(input.dtype),

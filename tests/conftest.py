@@ -14,8 +14,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-configuration",
+        action="store_true",
+        help="compile Triton's kernels in every combination that ships (20 minutes)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need a GPU say so, and are skipped with a reason where there is none."""
+    if not config.getoption("--every-configuration"):
+        rest = [item for item in items if item.get_closest_marker("every_configuration")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("every_configuration")]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")

@@ -130,7 +130,7 @@ def test_every_tile(
     conv: Conv, dtype: torch.dtype, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("fastres.kernels.conv")
-    monkeypatch.setattr(module, "choose_tile", lambda *args, **kwargs: tile)
+    monkeypatch.setattr(module, "choose_conv", lambda *args: f"triton:{tile}")
     monkeypatch.setenv("FASTRES_GPU_CONV", "triton")
     x, weight, options = conv_inputs(conv, dtype)
     compare("conv_bn_relu", x, weight, None, *affine(conv.c_out), EPS, None, *options, True, None)

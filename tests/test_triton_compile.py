@@ -3,6 +3,7 @@ no register spills, tensor cores where there is a dot, shared memory within the 
 """
 
 import importlib
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -13,16 +14,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fastres.kernels._launch import row_tile
+from fastres.kernels._launch import row_tile, rows_of
 
 add_relu = importlib.import_module("fastres.kernels.add_relu")
 bn_add_relu = importlib.import_module("fastres.kernels.bn_add_relu")
 channel_stats = importlib.import_module("fastres.kernels.channel_stats")
+choice = importlib.import_module("fastres.kernels.choice")
 conv = importlib.import_module("fastres.kernels.conv")
 conv_backward = importlib.import_module("fastres.kernels.conv_backward")
 
-SHARED_MEMORY = {80: 166912, 90: 232448}
-TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\."}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+TENSOR_CORE = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "gfx942": r"\bv_mfma_"}
 POINTER = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -31,13 +38,14 @@ POINTER = {
 }
 # Arguments that are neither tensors of the activations' dtype nor compile-time constants.
 INTEGERS = ["rows", "tiles", "parts", "channels", "numel", "tile_rows", "part_rows", "group"]
-INTEGERS += ["height", "width", "in_channels", "out_height", "out_width", "out_channels"]
+INTEGERS += ["height", "width", "in_channels", "out_height", "out_width", "out_channels", "depth"]
 ACTIVATIONS = ["input", "weight", "residual", "output", "dy", "y", "z", "dz", "dresidual", "dinput"]
+ACTIVATIONS += ["folded", "shift"]
 
 
 def compile_for(
     kernel: triton.JITFunction,
-    architecture: int,
+    target: str,
     dtype: torch.dtype,
     constants: dict[str, object],
     num_warps: int,
@@ -60,21 +68,33 @@ def compile_for(
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    if TARGETS[target].backend == "hip" and "amd" not in triton.backends.backends:
+        pytest.skip("this triton has no compiler for AMD")
+    return triton.compile(source, TARGETS[target], options)
 
 
-def assert_good_code(
-    compiled: CompiledKernel, architecture: int, tensor_cores: bool, folder: Path
-) -> None:
+def machine_code(compiled: CompiledKernel, target: str, folder: Path) -> tuple[str, int]:
+    """The instructions as text, and how many registers were spilled."""
+    if TARGETS[target].backend == "hip":
+        text = compiled.asm["amdgcn"]
+        counts = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)
+        assert len(counts) == 2
+        return text, sum(map(int, counts))
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"\bEXIT\b", sass), "no machine code"
-    spills = re.findall(r"\b(?:STL|LDL)\b", sass)
-    assert not spills, f"{len(spills)} register spills"
-    assert bool(re.search(TENSOR_CORE[architecture], sass)) == tensor_cores
-    assert compiled.metadata.shared <= SHARED_MEMORY[architecture]
+    return sass, len(re.findall(r"\b(?:STL|LDL)\b", sass))
+
+
+def assert_good_code(
+    compiled: CompiledKernel, target: str, tensor_cores: bool, folder: Path
+) -> None:
+    code, spills = machine_code(compiled, target, folder)
+    assert re.search(r"\bEXIT\b|\bs_endpgm\b", code), "no machine code"
+    assert not spills, f"{spills} register spills"
+    assert bool(re.search(TENSOR_CORE[target], code)) == tensor_cores
+    assert compiled.metadata.shared <= SHARED_MEMORY[target]
 
 
 EPILOGUE = ["running_mean", "running_var", "bias", "bn_weight", "bn_bias", "residual"]
@@ -87,52 +107,65 @@ ABSENT = {
 }
 
 
-def conv_cases() -> list[tuple[object, ...]]:
+# Kernel's size, stride and whether Ci is a multiple of the tile's depth; and 64-bit offsets.
+SHAPES = {
+    "3x3": (3, 1, True, False),
+    "1x1": (1, 1, True, False),
+    "3x3 stride 2": (3, 2, True, False),
+    "1x1 stride 2": (1, 2, True, False),
+    "ragged depth": (3, 1, False, False),
+    "wide offsets": (3, 1, True, True),
+}
+
+
+def conv_cases() -> list[tuple[str, str, str, torch.dtype, str]]:
+    """Every tile of every target in every mode; what differs little in one mode of each tile."""
     cases = []
-    for architecture in SHARED_MEMORY:
-        for tile in conv.CONV_TILES:
-            for mode in ABSENT:
-                prologue = mode == "training with prologue"
-
-                def ships(dtype: torch.dtype, a=architecture, t=tile, p=prologue) -> bool:
-                    return conv.tile_fits(t, dtype, p, divmod(a, 10))
-
-                row = (architecture, tile, mode)
-                if ships(torch.bfloat16):
-                    cases.append((*row, torch.bfloat16, "3x3"))
-                if ships(torch.float32):
-                    cases.append((*row, torch.float32, "3x3"))
+    for target, tile, mode in itertools.product(TARGETS, choice.CONV_TILES, ABSENT):
+        for dtype, shape in itertools.product(DTYPES, SHAPES):
+            prologue = mode == "training with prologue"
+            if not choice.tile_fits(tile, dtype, prologue, target):
+                continue
+            if not choice.has_tensor_cores(target, PRECISION[dtype]):
+                continue
+            usual = shape == "3x3" and dtype != torch.float16
             # What differs little is compiled once a tile, in its fullest mode.
-            if conv.tile_fits(tile, torch.float16, False, divmod(architecture, 10)):
-                cases.append((architecture, tile, "inference", torch.float16, "1x1"))
-                cases.append((architecture, tile, "inference", torch.bfloat16, "wide offsets"))
-            if conv.tile_fits(tile, torch.bfloat16, True, divmod(architecture, 10)):
-                row = (architecture, tile, "training with prologue", torch.bfloat16)
-                cases.append((*row, "ragged depth"))
+            once = (mode, dtype, shape) in ONCE
+            marks = [] if usual or once else [pytest.mark.every_configuration]
+            cases.append(pytest.param(target, tile, mode, dtype, shape, marks=marks))
     return cases
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PRECISION = {torch.bfloat16: "16-bit", torch.float16: "16-bit", torch.float32: "tf32"}
+ONCE = {
+    ("inference", torch.float16, "1x1"),
+    ("inference", torch.bfloat16, "wide offsets"),
+    ("training with prologue", torch.bfloat16, "ragged depth"),
+}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "tile", "mode", "dtype", "shape"), conv_cases(), ids=lambda value: str(value)
+    ("target", "tile", "mode", "dtype", "shape"), conv_cases(), ids=lambda value: str(value)
 )
 def test_convolution(
-    architecture: int, tile: str, mode: str, dtype: torch.dtype, shape: str, tmp_path: Path
+    target: str, tile: str, mode: str, dtype: torch.dtype, shape: str, tmp_path: Path
 ) -> None:
-    config = conv.CONV_TILES[tile]
-    kernel_size = 1 if shape == "1x1" else 3
+    config = choice.conv_tile(tile, target)
+    size, stride, even, wide = SHAPES[shape]
     constants = {
         **dict.fromkeys(ABSENT[mode]),
-        "KERNEL_H": kernel_size,
-        "KERNEL_W": kernel_size,
-        "STRIDE_H": 1,
-        "STRIDE_W": 1,
-        "PADDING_H": kernel_size // 2,
-        "PADDING_W": kernel_size // 2,
+        "KERNEL_H": size,
+        "KERNEL_W": size,
+        "STRIDE_H": stride,
+        "STRIDE_W": stride,
+        "PADDING_H": size // 2,
+        "PADDING_W": size // 2,
         "IN_EPS": 1e-5,
         "EPS": 1e-5,
         "RELU": mode == "inference",
-        "EVEN_DEPTH": shape != "ragged depth",
-        "WIDE": shape == "wide offsets",
+        "EVEN_DEPTH": even,
+        "WIDE": wide,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
         "BLOCK_DEPTH": config.block_depth(dtype),
@@ -140,14 +173,14 @@ def test_convolution(
     }
     compiled = compile_for(
         conv.conv_fwd_kernel,
-        architecture,
+        target,
         dtype,
         constants,
         config.num_warps,
         config.num_stages,
         ["input", "weight", "output", "residual"],
     )
-    assert_good_code(compiled, architecture, True, tmp_path)
+    assert_good_code(compiled, target, True, tmp_path)
 
 
 RESIDUAL_BN = ["residual_mean", "residual_var", "residual_weight", "residual_bias"]
@@ -184,6 +217,7 @@ ELEMENTWISE = {
         },
     ),
     "conv_stats_backward": (conv_backward.conv_stats_bwd_kernel, 8, 4096, [], {}),
+    "fold_bn": (conv.fold_bn_kernel, 4, 0, [], {"BLOCK": conv.FOLD_BLOCK}),
     "channel_stats": (channel_stats.channel_stats_fwd_kernel, 4, 2048, [], {}),
     "channel_stats_merge": (
         channel_stats.channel_stats_merge_kernel,
@@ -210,8 +244,8 @@ ELEMENTWISE_CASES += [
 
 
 @pytest.mark.parametrize(("name", "dtype"), ELEMENTWISE_CASES, ids=str)
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_elementwise(architecture: int, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_elementwise(target: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kernel, num_warps, elements, absent, constants = ELEMENTWISE[name]
     if kernel is bn_add_relu.bn_add_relu_bwd_kernel:
         num_warps = bn_add_relu.backward_warps(dtype)
@@ -226,8 +260,13 @@ def test_elementwise(architecture: int, name: str, dtype: torch.dtype, tmp_path:
         common["BLOCK_ROWS"], common["BLOCK_CHANNELS"] = row_tile(256, elements)
     constants = {**dict.fromkeys(absent), **common, **constants}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    activations = [key for key in ACTIVATIONS if key != "weight"]
-    compiled = compile_for(
-        kernel, architecture, dtype, constants, num_warps, activations=activations
-    )
-    assert_good_code(compiled, architecture, False, tmp_path)
+    of_channels = kernel is not conv.fold_bn_kernel
+    activations = [key for key in ACTIVATIONS if not (key == "weight" and of_channels)]
+    compiled = compile_for(kernel, target, dtype, constants, num_warps, activations=activations)
+    assert_good_code(compiled, target, False, tmp_path)
+
+
+def test_rows_are_counted_in_32_bits_and_more_are_refused() -> None:
+    assert rows_of(torch.empty(1, 3, 2**15, 2**15, device="meta")) == 2**30
+    with pytest.raises(RuntimeError, match="expected fewer than"):
+        rows_of(torch.empty(2, 3, 2**15, 2**15, device="meta"))

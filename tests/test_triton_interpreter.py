@@ -1,7 +1,7 @@
 """Triton's kernels against float64, run by Triton's interpreter on the CPU.
 
 The interpreter must be chosen before triton is imported, so the checks run in a process of their
-own: tests/triton_interpreter_checks.py.
+own: tests/triton_interpreter_checks.py for values, tests/triton_address_checks.py for addresses.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy
 import pytest
 import triton
 
-CHECKS = Path(__file__).parent / "triton_interpreter_checks.py"
+HERE = Path(__file__).parent
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -24,12 +24,14 @@ def version(text: str) -> tuple[int, ...]:
     version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
     reason="the interpreter of triton < 3.7 needs numpy < 2.4",
 )
-def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+@pytest.mark.parametrize("checks", ["triton_interpreter_checks.py", "triton_address_checks.py"])
+def test_kernels_in_the_interpreter(checks: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / checks)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("FASTRES_GPU_CONV", None)
+    for variable in ("FASTRES_GPU_CONV", "FASTRES_GPU_TABLE"):
+        environment.pop(variable, None)
     run = subprocess.run(
-        command, env=environment, cwd=CHECKS.parents[1], capture_output=True, text=True, check=False
+        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout, run.stdout

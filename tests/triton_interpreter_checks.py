@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import kernels
+from fastres import kernels, tune
 
 GUARD = 4096
 EPS = 1e-5
+choice = importlib.import_module("fastres.kernels.choice")
 conv_module = importlib.import_module("fastres.kernels.conv")
 stats_module = importlib.import_module("fastres.kernels.channel_stats")
 
@@ -293,12 +294,12 @@ def test_inference_conv_bn_relu(name: str, dtype: torch.dtype) -> None:
 
 
 # Ten row blocks of two columns: a whole group of rows and a short one.
-TILE_CASES = [("1x1", tile) for tile in conv_module.CONV_TILES] + [("many rows", "small")]
+TILE_CASES = [("1x1", tile) for tile in choice.CONV_TILES] + [("many rows", "small")]
 
 
 @pytest.mark.parametrize(("name", "tile"), TILE_CASES)
 def test_inference_tiles(name: str, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_module, "choose_tile", lambda *args, **kwargs: tile)
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: f"triton:{tile}")
     check_conv_bn_relu(name, torch.float32, True, True, True)
 
 
@@ -356,10 +357,10 @@ def test_training_conv_stats(name: str, dtype: torch.dtype, prologue: bool) -> N
     check_conv_stats(name, dtype, prologue)
 
 
-@pytest.mark.parametrize("tile", conv_module.CONV_TILES)
+@pytest.mark.parametrize("tile", choice.CONV_TILES)
 @pytest.mark.parametrize("name", ["3x3 odd"])
 def test_training_tiles(name: str, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_module, "choose_tile", lambda *args, **kwargs: tile)
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: f"triton:{tile}")
     check_conv_stats(name, torch.float32, True)
 
 
@@ -413,13 +414,15 @@ def test_training_is_deterministic() -> None:
 def test_launch_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, options, _ = conv_inputs(name, torch.float32)
     torch.empty(1).zero_()
-    for asked in ("auto", "triton", "cudnn"):
-        monkeypatch.setenv("FASTRES_GPU_CONV", asked)
-        got = kernels.choose_conv(x, weight, *options, training=False)
-        assert got == ("cudnn" if name in BY_ATEN or asked == "cudnn" else "triton")
+    for op in choice.OPS:
+        for asked in ("auto", "triton", "cudnn"):
+            monkeypatch.setenv("FASTRES_GPU_CONV", asked)
+            who, _, tile = kernels.choose_conv(x, weight, *options, op).partition(":")
+            assert who == ("cudnn" if name in BY_ATEN or asked == "cudnn" else "triton")
+            assert (tile in choice.CONV_TILES) == (who == "triton")
     monkeypatch.setenv("FASTRES_GPU_CONV", "fastest")
     with pytest.raises(ValueError, match="FASTRES_GPU_CONV is 'fastest'"):
-        kernels.choose_conv(x, weight, *options, training=False)
+        kernels.choose_conv(x, weight, *options, "conv_stats")
 
 
 def test_launch_by_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,12 +431,69 @@ def test_launch_by_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     check_conv_stats("3x3 odd", torch.float32, True)
 
 
+def relu_by_torch(x: Tensor, weight: Tensor, bias: Tensor, *geometry: object) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, *geometry))
+
+
+def add_relu_by_torch(
+    x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry: object
+) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, *geometry) + alpha * z)
+
+
+@pytest.mark.parametrize("name", ["3x3 odd", "stem"])
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
+def test_launch_by_cudnns_fused_kernels(
+    name: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # cuDNN itself is not here: what it is given is, and what it is said to do with it.
+    chosen = "cudnn_add_relu" if residual else "cudnn_relu"
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: chosen)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu_by_torch)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu_by_torch)
+    check_conv_bn_relu(name, torch.float32, True, residual, True)
+    check_conv_bn_relu(name, torch.float32, False, residual, True)
+
+
+def test_launch_tuning_admits_right_answers_alone(
+    monkeypatch: pytest.MonkeyPatch, guards: Guards
+) -> None:
+    guards.may_hold_nan = True  # what a candidate makes of a NaN is looked at
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu_by_torch)
+    key = choice.ConvKey.parse(
+        "conv_bn_relu tf32 input 2x16x6x6 weight 16x16x3x3 stride 1x1 padding 1x1"
+    )
+    device = torch.device("cpu")
+    names = choice.candidates(key, torch.float32, "sm_90")
+    assert names == ["triton:square", "triton:tall", "triton:small", "cudnn", "cudnn_relu"]
+    names = ["triton:small", "cudnn", "cudnn_relu"]
+
+    def admitted() -> list[str]:
+        return list(tune.contestants(key, torch.float32, device, names))
+
+    assert admitted() == names
+    by_torch = relu_by_torch
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *a: by_torch(*a) * 1.001)
+    assert admitted() == ["triton:small", "cudnn"]
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *a: by_torch(*a).nan_to_num())
+    assert admitted() == ["triton:small", "cudnn"]
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", refuse)
+    assert admitted() == ["triton:small", "cudnn"]
+    for run in tune.contestants(key, torch.float32, device, names).values():
+        run()
+
+
 def test_launch_without_tf32_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x, weight, options, _ = conv_inputs("3x3", torch.float32)
     torch.empty(1).zero_()
-    assert kernels.choose_conv(x, weight, *options, training=True) == "cudnn"
-    assert kernels.choose_conv(x.half(), weight.half(), *options, training=True) == "triton"
+    assert kernels.choose_conv(x, weight, *options, "conv_stats") == "cudnn"
+    chosen = kernels.choose_conv(x.half(), weight.half(), *options, "conv_stats")
+    assert chosen.startswith("triton:")
 
 
 def test_launch_odd_layouts() -> None:
