@@ -3,11 +3,11 @@
     model = fastres.resnet18(fused=True)   # in the place of torchvision.models.resnet18()
 
 `fastres.ops` are the fused ops, `fastres.backends.cpu` says which algorithms may compute them,
-`fastres.train.fit` is the standard CIFAR-10 recipe, and `python -m fastres.env` tells which kernels
-are live on this machine.
+`fastres.cuda_graph` captures a model for fixed shapes, `fastres.train.fit` is the standard CIFAR-10
+recipe, and `python -m fastres.env` tells which kernels are live on this machine.
 """
 
-from fastres import backends, ops
+from fastres import backends, cuda_graph, ops
 from fastres.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152, summary
 from fastres.version import __version__
 
@@ -15,6 +15,7 @@ __all__ = [
     "ResNet",
     "__version__",
     "backends",
+    "cuda_graph",
     "ops",
     "resnet18",
     "resnet34",

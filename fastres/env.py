@@ -171,9 +171,12 @@ def main() -> None:
             "convolution", "computed by", "why", title="Convolutions on CUDA in bfloat16"
         )
         choices.title_justify = "left"
-        for row in tune.typical_choices():
-            choices.add_row(*row)
-        console.print(choices)
+        try:
+            for row in tune.typical_choices():
+                choices.add_row(*row)
+            console.print(choices)
+        except ValueError as error:  # a bug report should say it, and the rest as well
+            console.print(f"Convolutions on CUDA: {error}")
     else:
         console.print(f"Convolutions on CUDA: not live: {no_triton}")
 

@@ -287,7 +287,10 @@ def _merged(
     """The new choices and times over those that the file at `path` has of the same kind."""
     from fastres.kernels.choice import ConvKey, read_table
 
-    before = read_table(path) if path.exists() else None
+    try:
+        before = read_table(path) if path.exists() else None
+    except ValueError as error:
+        raise TuneError(str(error)) from None
     if before is None or before.target != target or before.measured != (seconds is not None):
         return dict(choices), None if seconds is None else dict(seconds)
     if seconds is not None:
@@ -300,7 +303,7 @@ def tune(config: TuneConfig, timer: Timer = median_seconds) -> Path:
     """Do what `config` asks for; returns the table's file. Other shapes in it stay as they are.
 
     Raises:
-        TuneError: there is no GPU, or no Triton.
+        TuneError: there is no GPU, or no Triton, or the file is there and no table.
         OSError: the file cannot be written.
     """
     dtype = DTYPES[config.dtype]

@@ -210,7 +210,7 @@ def read_table(path: Path) -> Table:
                 raise ValueError(f"{choice!r} is no candidate, for {key}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no table of convolutions ({error}): make it anew with `fastres tune`"
+            f"{path} is no table of convolutions ({error}): remove it, then run `fastres tune`"
         ) from None
     return Table(path, target, measured, choices)
 

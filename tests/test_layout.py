@@ -24,6 +24,7 @@ ALLOWED = {
     "data": set(),
     "train": {"data", "models", "version"},
     "export": {"train", "version"},
+    "cuda_graph": set(),
     "kernels": set(),
     "tune": {"kernels", "models", "ops", "version"},
     "env": {"_C", "backends", "ops", "tune", "version"},

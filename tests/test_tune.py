@@ -247,6 +247,13 @@ class TestTuning:
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_a_file_that_is_no_table_is_left_alone(self, tmp_path: Path, capsys) -> None:
+        path = tmp_path / "mine.json"
+        path.write_text("[1, 2]")
+        assert main(["tune", "--estimate", "sm_90", "--out", str(path)]) == 2
+        assert "is no table of convolutions" in capsys.readouterr().err
+        assert path.read_text() == "[1, 2]"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
