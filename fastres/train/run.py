@@ -63,7 +63,7 @@ class Run:
         self.split = split_content(dataset, config)
         model = build_model(config.model, {**self.model_arguments, "fused": config.fused})
         if config.weights is not None and not _has_checkpoint(config):
-            load_weights(model, config.model, config.weights, dataset.classes, progress=True)
+            load_weights(model, config.model, config.weights, dataset.classes)
         if config.freeze:
             freeze_body(model)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format

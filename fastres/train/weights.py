@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,7 @@ def torchvision_weights(name: str, source: str) -> Any | None:
     return weights.__members__.get(source.removeprefix(f"{weights.__name__}."))
 
 
-def load_weights(
-    model: nn.Module, name: str, source: str, classes: Sequence[str], *, progress: bool = False
-) -> bool:
+def load_weights(model: nn.Module, name: str, source: str, classes: Sequence[str]) -> bool:
     """Put weights into `model`, but for the head if it was made for other classes.
 
     Args:
@@ -37,7 +36,6 @@ def load_weights(
             into its cache), or the path of a checkpoint of fastres or of a state_dict.
         classes: what the model's outputs are. The head is kept if there are as many of them in
             the weights, and, where these know their classes, they are the same.
-        progress: show a download's progress.
 
     Returns:
         Whether the head was loaded too.
@@ -48,7 +46,7 @@ def load_weights(
     """
     published = torchvision_weights(name, source)
     if published is not None:
-        state, known = _download(published, progress), None
+        state, known = _download(published), None
     elif Path(source).exists():
         state, known = _read(Path(source), name)
     else:
@@ -68,9 +66,10 @@ def load_weights(
     return same_head
 
 
-def _download(published: Any, progress: bool) -> dict[str, Tensor]:
+def _download(published: Any) -> dict[str, Tensor]:
+    bar = sys.stderr.isatty()  # a log keeps every state of a bar
     try:
-        return published.get_state_dict(progress=progress, check_hash=True, weights_only=True)
+        return published.get_state_dict(progress=bar, check_hash=True, weights_only=True)
     except Exception as error:  # urllib, torch.hub and torch.load each have their own
         raise CheckpointError(
             f"torchvision's {published.name} cannot be had from {published.url}: {error}; "
