@@ -198,7 +198,7 @@ class TestCheck:
 
 
 def batches(part: data.PictureSet, batch_size: int = 4, **options: Any) -> data.PictureBatches:
-    sizes = {"image_size": 24, "resize_size": 30}
+    sizes = {"image_size": 72, "resize_size": 82}
     return data.PictureBatches(
         part, batch_size, IMAGENET_MEAN, IMAGENET_STD, **{**sizes, **options}
     )
@@ -227,7 +227,7 @@ class TestBatches:
                 v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
-        ours = list(batches(part))
+        ours = list(batches(part, image_size=24, resize_size=30))
         assert [len(labels) for _, labels in ours] == [4] * 7 + [2]
         assert torch.equal(torch.cat([labels for _, labels in ours]), part.labels)
         for images, _ in ours:
@@ -509,7 +509,7 @@ def test_stem_fits_the_size(size: int, stem: str) -> None:
     assert parts.stem_for(size, train.TrainConfig(stem="imagenet")) == "imagenet"
 
 
-def test_sample_as_a_folder_has_the_samples_pixels(tmp_path: Path) -> None:
+def test_sample_as_a_folder_gives_the_samples_images(tmp_path: Path) -> None:
     """Small pictures are neither resized nor cut: what the model gets is what memory has."""
     sample = data.sample()
     few = sample.test[torch.arange(40)]
@@ -518,12 +518,25 @@ def test_sample_as_a_folder_has_the_samples_pixels(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     part = data.picture_folder(tmp_path).train
-    (images, labels), = data.PictureBatches(
-        part, 40, sample.mean, sample.std, image_size=32, resize_size=32
-    )  # fmt: skip
+    settings = {"image_size": 32, "resize_size": 32}
+    ((images, labels),) = data.PictureBatches(part, 40, sample.mean, sample.std, **settings)
     order = torch.tensor([int(Path(path).stem) for path in part.paths])
     assert torch.equal(labels, few.labels[order])
     assert torch.equal(images, data.normalize(few.images[order], sample.mean, sample.std))
+
+    # In training too: each is one of the crops that there are of it.
+    made = data.PictureBatches(part, 40, (0.0,) * 3, (1.0,) * 3, augment=True, **settings)
+    ((images, _),) = made
+    shuffled = torch.randperm(40, generator=draws.generator(draws.EPOCH, 0, 0))
+    side = torch.arange(9)
+    top, left, flip = torch.cartesian_prod(side, side, torch.arange(2)).T
+    seen = set()
+    for image, original in zip(images, few.images[order[shuffled]], strict=True):
+        copies = original.expand(len(flip), -1, -1, -1)
+        crops = data.random_crop_flip(copies, top, left, flip.bool(), padding=4)
+        (which,) = (crops == (image * 255).round()).flatten(1).all(1).nonzero().ravel()[:1]
+        seen.add(int(which))
+    assert len(seen) > 20
 
 
 def test_whole_road_at_224_pixels(

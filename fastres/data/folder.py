@@ -26,7 +26,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PARTS = ("train", "valid", "test")
-LARGEST_SMALL_SIZE = 64  # pixels: up to here pictures are not cropped and the CIFAR stem fits
+LARGEST_SMALL_SIZE = 64  # pixels: up to here pictures are used whole and the CIFAR stem fits
 MIN_SHARE = 8  # a side below the image size over this would be mostly interpolation
 MAX_NAMED = 5  # faults that an error names one by one
 
@@ -262,10 +262,15 @@ def resize_size(image_size: int) -> int:
 
 
 def training_transform(image_size: int) -> v2.Transform:
-    """A random resized crop, mirrored with probability one half: a picture to (3, H, W) uint8."""
-    return v2.Compose(
-        [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    )
+    """A random crop, mirrored with probability one half: a picture to (3, H, W) uint8.
+
+    The crop is a random resized one, as for ImageNet; of small pictures, as for CIFAR-10, one out
+    of the whole picture with an eighth of its size in zeros around it.
+    """
+    crop: list[v2.Transform] = [v2.RandomResizedCrop(image_size)]
+    if image_size <= LARGEST_SMALL_SIZE:
+        crop = [v2.Resize(image_size), v2.RandomCrop(image_size, padding=image_size // 8)]
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
@@ -315,9 +320,9 @@ class PictureBatches:
     """Batches of normalised float32 pictures (N, 3, H, W) and their labels (N,).
 
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
-    shuffled, each a random resized crop, mirrored with probability one half, and a square of
-    `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch), whatever
-    the number of workers; call `set_epoch` before each epoch.
+    shuffled, each cropped at random (see `training_transform`), mirrored with probability one
+    half, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
+    (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch.
 
     Args:
         part: the files and labels.
