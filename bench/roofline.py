@@ -166,6 +166,11 @@ NAMES = {
 }
 
 
+def _optimizer(count: int) -> Work:
+    # Read: parameter, gradient and momentum; written: parameter and momentum. All in float32.
+    return Work("_fused_sgd_", "optimizer", f"{count:,} parameters", 0, 20 * count)
+
+
 def works_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> list[Work]:
     """The kernels behind one call of the dispatcher's `op`; none for what is too small to count."""
     given = layers.arguments(op, args, kwargs)
@@ -175,6 +180,8 @@ def works_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: A
     call = layers.classify(op, args, kwargs, outputs)
     if call is None:
         return []
+    if name == "_fused_sgd_":
+        return [_optimizer(sum(p.numel() for p in given["self"]))]
     first = next(layers.tensors(outputs))
     if name in layers.CONVS:
         shape = _conv_shape(given, given["input"], first)
@@ -243,8 +250,7 @@ def work_of_model(case: ModelCase, training: bool, dtype: torch.dtype) -> list[W
         # A parameter is read in 4 bytes and written in 2, its gradient the other way round.
         cast = 12 * sum(p.numel() for p in parameters if p.dtype == dtype)
         works.append(Work("_to_copy", "casts of autocast", f"{count:,} parameters", 0, cast))
-    # Read: parameter, gradient and momentum; written: parameter and momentum. All in float32.
-    works.append(Work("_fused_sgd_", "optimizer", f"{count:,} parameters", 0, 20 * count))
+    works.append(_optimizer(count))
     return works
 
 
