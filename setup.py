@@ -184,6 +184,7 @@ setup(
         "fastres": ["py.typed", "*.pyi"],
         "fastres.data": ["sample/*"],
         "fastres.kernels": ["tuned/*.json"],
+        "fastres.report": ["*.html"],
     },
     ext_modules=[
         Extension(
@@ -197,6 +198,7 @@ setup(
         TORCH_REQUIREMENT,
         "torchvision",
         "triton; platform_system == 'Linux'",
+        "jinja2>=3",
         "numpy",
         "pillow",
         "matplotlib",

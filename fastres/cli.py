@@ -1,4 +1,4 @@
-"""`fastres train | eval | predict | export | tune | env`: arguments only, no work."""
+"""`fastres train | eval | predict | export | report | tune | env`: arguments only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import tyro
 from fastres import env, train, tune
 from fastres.data import DataError
 from fastres.export import ExportConfig, ExportError, export
+from fastres.report import ReportConfig
+from fastres.report import report as write_report
 from fastres.train import RECIPES, EvalConfig, PredictConfig, TrainConfig, report
 from fastres.train.config import RecipeName
 from fastres.train.run_folder import RunFolder
@@ -28,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "eval": EvalConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "tune": tune.TuneConfig,
     "env": EnvConfig,
 }
@@ -86,6 +89,8 @@ def run(config: Any) -> None:
         report.print_evaluation(config.checkpoint, *train.evaluate_checkpoint(config))
     elif isinstance(config, ExportConfig):
         print(export(config))
+    elif isinstance(config, ReportConfig):
+        print(f"{write_report(config)}: {len(config.runs)} run{'s' * (len(config.runs) > 1)}")
     else:
         report.print_predictions(train.predict(config), as_json=config.json)
 

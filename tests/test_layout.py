@@ -24,11 +24,12 @@ ALLOWED = {
     "data": set(),
     "train": {"data", "models", "version"},
     "export": {"train", "version"},
+    "report": {"train", "version"},
     "cuda_graph": set(),
     "kernels": set(),
     "tune": {"kernels", "models", "ops", "version"},
     "env": {"_C", "backends", "ops", "tune", "version"},
-    "cli": {"train", "export", "data", "models", "env", "tune", "version"},
+    "cli": {"train", "export", "report", "data", "models", "env", "tune", "version"},
 }
 
 
