@@ -82,6 +82,16 @@ class TestFolder:
         assert valid.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
         assert test.labels.tolist() == [1, 1, 2, 2]  # a part may lack a class: no other moves up
 
+    @pytest.mark.parametrize("name", ["valid", "val", "validation"])
+    def test_only_what_is_not_given_is_held_out(self, name: str, tmp_path: Path) -> None:
+        for part, count in (("train", 5), (name, 3)):
+            write_pictures(tmp_path / part, count)
+        dataset = data.picture_folder(tmp_path)
+        train, valid, test = dataset.split(0.4, 0.2, seed=0)
+        assert [len(part) for part in (train, valid, test)] == [12, 9, 3]
+        assert {Path(path).parts[-3] for path in valid.paths} == {name}
+        assert {Path(path).parts[-3] for path in (*train.paths, *test.paths)} == {"train"}
+
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
@@ -94,6 +104,8 @@ class TestFolder:
             ("(own / 'dog' / 'a.gif').write_text('')", r"dog/a\.gif is no picture: .*\.jpg, "),
             ("(own / 'dog' / 'README').write_text('')", r"dog/README is no picture"),
             ("(own / 'cat').rename(own / 'train')", r"own/dog stands beside .*own/train"),
+            ("(own / 'cat').rename(own / 'val'); (own / 'dog').rename(own / 'valid')",
+             r"own/val and .*own/valid are both the valid part: expected one"),
             ("shutil.rmtree(own / 'owl'); (own / 'cat').rename(own / 'valid'); "
              "(own / 'dog').rename(own / 'test')", r"own has test and valid but no train folder"),
         ],

@@ -25,7 +25,14 @@ from fastres.data.errors import DataError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-PARTS = ("train", "valid", "test")
+# What the folders of the parts are called: ours, torchvision's and the Hugging Face Hub's names.
+PART_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+}
 LARGEST_SMALL_SIZE = 64  # pixels: up to here pictures are used whole and the CIFAR stem fits
 MIN_SHARE = 8  # a side below the image size over this would be mostly interpolation
 MAX_NAMED = 5  # faults that an error names one by one
@@ -145,8 +152,8 @@ class PictureFolder:
 def picture_folder(path: str | Path) -> PictureFolder:
     """The pictures in PATH/CLASS/..., or in PATH/train/CLASS/... and PATH/valid, PATH/test.
 
-    Folders within a class's folder belong to it; names that begin with a dot are left out. No
-    picture is opened.
+    PATH/val and PATH/validation are PATH/valid by other names. Folders within a class's folder
+    belong to it; names that begin with a dot are left out. No picture is opened.
 
     Raises:
         DataError: there is no such folder, it is laid out in another way, a class has no picture,
@@ -154,20 +161,26 @@ def picture_folder(path: str | Path) -> PictureFolder:
     """
     path = Path(path).expanduser().resolve()
     inside = _folders(path, "a folder of pictures")
-    given = [entry.name for entry in inside if entry.name in PARTS]
+    given: dict[str, Path] = {}
+    for entry in inside:
+        if part := PART_NAMES.get(entry.name):
+            if part in given:
+                raise DataError(f"{given[part]} and {entry} are both the {part} part: expected one")
+            given[part] = entry
     if "train" not in given:
-        if given == [entry.name for entry in inside]:
-            raise DataError(f"{path} has {' and '.join(given)} but no train folder")
+        if len(given) == len(inside):
+            names = " and ".join(entry.name for entry in inside)
+            raise DataError(f"{path} has {names} but no train folder")
         classes, train = _classes(path, inside)
         return PictureFolder(path, classes, train)
-    if other := [entry for entry in inside if entry.name not in PARTS]:
+    if other := [entry for entry in inside if entry.name not in PART_NAMES]:
         raise DataError(
-            f"{other[0]} stands beside {path / 'train'}: expected no folder but "
-            f"{', '.join(PARTS)} there"
+            f"{other[0]} stands beside {given['train']}: expected no folder but train, valid "
+            "(or val) and test there"
         )
-    classes, train = _classes(path / "train", _folders(path / "train", "class folders"))
+    classes, train = _classes(given["train"], _folders(given["train"], "class folders"))
     valid, test = (
-        _held_out(path / name, classes) if name in given else None for name in ("valid", "test")
+        _held_out(given[name], classes) if name in given else None for name in ("valid", "test")
     )
     return PictureFolder(path, classes, train, valid, test)
 
