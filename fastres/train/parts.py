@@ -6,12 +6,12 @@ import os
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastres.data import DataError, Dataset, ImageSet, PictureFolder, PictureSet, split
 from fastres.data.folder import LARGEST_SMALL_SIZE, MIN_SHARE
 from fastres.train.config import TrainConfig
+from fastres.train.report import make_console
 from fastres.train.weights import torchvision_weights
 
 Part: TypeAlias = ImageSet | PictureSet
@@ -96,7 +96,7 @@ def check_pictures(parts: tuple[Part, ...], size: int, workers: int, *, progress
         tuple(path for part in pictures for path in part.paths),
         torch.cat([part.labels for part in pictures]),
     )
-    console = Console()
+    console = make_console()
     columns = (TextColumn("checking pictures"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -20,23 +20,33 @@ if TYPE_CHECKING:
     from fastres.train.outcomes import Outcomes
 
 
+def make_console(*, enabled: bool = True) -> Console:
+    """Where a run is shown. A file or a pipe gets text alone, whatever FORCE_COLOR says."""
+    console = Console(quiet=not enabled, highlight=False)
+    if console.is_jupyter or console.file.isatty():
+        return console
+    return Console(quiet=not enabled, highlight=False, force_terminal=False)
+
+
 class Report:
     """Shows a run on the terminal; silent with `enabled=False`."""
 
     def __init__(self, epochs: int, steps: int, *, enabled: bool) -> None:
         self.epochs = epochs
         self.steps = steps
-        self.console = Console(quiet=not enabled, highlight=False)
+        self.console = make_console(enabled=enabled)
+        # The bar takes what the rest leaves of the line: 64 columns are enough for all of it.
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TaskProgressColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[note]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
             transient=True,
+            expand=True,
         )
         self.run = self.progress.add_task("run", total=epochs * steps, note="")
         self.epoch = self.progress.add_task("epoch", total=steps, note="")
@@ -86,6 +96,7 @@ class Report:
             f"  train {line['train_loss']:.4f} {line['train_accuracy']:6.2%}"
             f"  valid {line['valid_loss']:.4f} {line['valid_accuracy']:6.2%}"
             f"  lr {line['lr']:g}  {line['images_per_second']:,.0f} images/s"
+            f"  {line['seconds']:.1f} s"
             f"{'  best' if best else ''}"
         )
 
@@ -99,10 +110,10 @@ class Report:
             ("test accuracy", f"{result.test_accuracy:.2%}"),
             ("test loss", f"{result.test_loss:.4f}"),
             ("training time", f"{result.seconds:,.1f} s"),
-            ("folder", str(result.folder)),
         ):
             table.add_row(name, value)
         self.console.print(table)
+        self._print(f"all of it is in {result.folder}")
 
 
 def print_evaluation(checkpoint: Path, data: str, meter: Meter, outcomes: Outcomes) -> None:
