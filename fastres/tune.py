@@ -195,6 +195,8 @@ def contestants(
     Right: the relative error against plain torch in float32 is at most twice that of aten's
     convolution with fastres's passes, and a NaN of the input comes out.
     """
+    from triton.runtime.errors import OutOfResources
+
     from fastres import kernels
 
     op, arguments = _arguments(key, dtype, device)
@@ -215,7 +217,10 @@ def contestants(
     for name in names:
         try:
             right = is_right(name)
-        except RuntimeError:  # cuDNN has no such kernel for the shape, or it does not fit the chip
+        except (
+            RuntimeError,
+            OutOfResources,
+        ):  # cuDNN has no such kernel for the shape, or it does not fit the chip
             continue
         if right:
             found[name] = partial(launch, *arguments, name)
@@ -325,7 +330,10 @@ def tune(config: TuneConfig, timer: Timer = median_seconds) -> Path:
     path = config.out or choice.stored_path(name)
 
     def contend(key: ConvKey) -> Mapping[str, Run]:
-        return contestants(key, dtype, device, choice.candidates(key, dtype, target))
+        try:
+            return contestants(key, dtype, device, choice.candidates(key, dtype, target))
+        except torch.OutOfMemoryError:  # too large for this card: the default stays
+            return {}
 
     with tf32:
         keys = track(keys_of(config), "tuning", console=Console(stderr=True))

@@ -10,6 +10,7 @@ from .bn_add_relu import bn_add_relu, bn_add_relu_backward
 from .choice import choose_conv
 from .conv import conv_bn_relu, conv_stats
 from .conv_backward import conv_stats_backward
+from .max_pool2d import max_pool2d, max_pool2d_backward
 
 __all__ = [
     "add_relu",
@@ -20,4 +21,6 @@ __all__ = [
     "conv_bn_relu",
     "conv_stats",
     "conv_stats_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
 ]

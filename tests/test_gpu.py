@@ -1,8 +1,10 @@
 """Every op on a GPU against float64, torch's own error in the same dtype being the yardstick."""
 
 import copy
+import dataclasses
 import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastres
-from cases import ODD_ACTIVATIONS, ODD_CONVS, RESNET_CONVS, Activation, Conv
+from cases import ODD_ACTIVATIONS, ODD_CONVS, POOLS, RESNET_CONVS, Activation, Conv, Pool
+from fastres import tune
+from fastres.kernels import choice
 from fastres.ops import reference
 from tolerances import assert_within_twice, relative_error
 
@@ -93,6 +97,21 @@ def test_bn_add_relu(case: Activation, dtype: torch.dtype, relu: bool, residual:
     compare("bn_add_relu_backward", dy, y, z, mean, var, weight, EPS, *branch, EPS, relu)
 
 
+@pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+def test_max_pool2d(pool: Pool, dtype: torch.dtype, prologue: bool) -> None:
+    x, dy = activation(pool.shape, dtype), activation(pool.out, dtype)
+    before = affine(pool.c) if prologue else [None] * 4
+    compare("max_pool2d", x, *pool.geometry, *before, EPS)
+    # With the exact maxima: of values that are close, roundings choose one or the other.
+    got = ops.max_pool2d_backward(dy, x, *pool.geometry, *before, EPS)
+    exact = reference.max_pool2d_backward(*doubles((dy, x, *pool.geometry, *before, EPS)))
+    for ours, true in zip(got, exact, strict=True):
+        assert ours.shape == true.shape
+        assert relative_error(ours, true) <= (1e-4 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("by", ["triton", "cudnn"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("conv", CONVS, ids=str)
@@ -135,6 +154,20 @@ def test_every_tile(
     x, weight, options = conv_inputs(conv, dtype)
     compare("conv_bn_relu", x, weight, None, *affine(conv.c_out), EPS, None, *options, True, None)
     compare("conv_stats", x, weight, *affine(conv.c_in), EPS, *options)
+
+
+def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate that is admitted is timed, and the table decides from then on."""
+    config = tune.TuneConfig(model=("resnet18",), size=32, infer=(2,), train=(2,))
+    path = tune.tune(dataclasses.replace(config, out=tmp_path / "table.json"))
+    table = choice.read_table(path)
+    assert table.measured
+    assert set(table.choices) == set(tune.keys_of(config))
+    monkeypatch.setenv("FASTRES_GPU_TABLE", str(path))
+    for key, chosen in table.choices.items():
+        device = torch.device("cuda", torch.cuda.current_device())
+        assert choice.explain(key, torch.bfloat16, device)[0] == chosen
+    assert all(row[2] for row in tune.typical_choices())
 
 
 def test_statistics_of_a_large_mean() -> None:

@@ -22,6 +22,7 @@ channel_stats = importlib.import_module("fastres.kernels.channel_stats")
 choice = importlib.import_module("fastres.kernels.choice")
 conv = importlib.import_module("fastres.kernels.conv")
 conv_backward = importlib.import_module("fastres.kernels.conv_backward")
+max_pool2d = importlib.import_module("fastres.kernels.max_pool2d")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,6 +63,8 @@ def compile_for(
         assert not name.isupper(), f"{name} has no value"
         if name in INTEGERS:
             signature[name] = "i32"
+        elif name == "taps":
+            signature[name] = "*u8"
         else:
             signature[name] = POINTER[dtype] if name in activations else vectors
         if name.endswith("channels") or name not in INTEGERS:
@@ -183,6 +186,12 @@ def test_convolution(
     assert_good_code(compiled, target, True, tmp_path)
 
 
+STEM_POOL = {
+    **dict.fromkeys(("KERNEL_H", "KERNEL_W"), 3),
+    **dict.fromkeys(("STRIDE_H", "STRIDE_W"), 2),
+    **dict.fromkeys(("PADDING_H", "PADDING_W"), 1),
+    "IN_EPS": 1e-5,
+}
 RESIDUAL_BN = ["residual_mean", "residual_var", "residual_weight", "residual_bias"]
 # name: kernel, warps, elements of a tile (0: not a tile of rows), absent arguments, constants
 ELEMENTWISE = {
@@ -217,6 +226,9 @@ ELEMENTWISE = {
         },
     ),
     "conv_stats_backward": (conv_backward.conv_stats_bwd_kernel, 8, 4096, [], {}),
+    "max_pool2d": (max_pool2d.max_pool2d_fwd_kernel, 8, 2048, ["taps"], STEM_POOL),
+    "max_pool2d_taps": (max_pool2d.max_pool2d_fwd_kernel, 8, 2048, ["output"], STEM_POOL),
+    "max_pool2d_backward": (max_pool2d.max_pool2d_bwd_kernel, 8, 2048, [], STEM_POOL),
     "fold_bn": (conv.fold_bn_kernel, 4, 0, [], {"BLOCK": conv.FOLD_BLOCK}),
     "channel_stats": (channel_stats.channel_stats_fwd_kernel, 4, 2048, [], {}),
     "channel_stats_merge": (

@@ -124,6 +124,13 @@ def test_gradient_of_statistics() -> None:
     apply(z, z, *vectors(3))
 
 
+def test_max_pool2d() -> None:
+    x = activation()
+    geometry = ([3, 1], [1, 1], [1, 0])
+    kernels.max_pool2d(x, *geometry, *vectors(4), EPS)
+    kernels.max_pool2d_backward(x, x, *geometry, *[None] * 4, EPS)
+
+
 @pytest.mark.parametrize("tile", ["square", "tall"])
 def test_1x1_convolution(tile: str) -> None:
     x = activation()

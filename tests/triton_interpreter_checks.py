@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cases import POOLS, Pool
 from fastres import kernels, tune
 
 GUARD = 4096
@@ -235,6 +236,55 @@ def test_statistics_merge(tiles: int) -> None:
     want_var, want_mean = torch.var_mean(z.double(), 0, correction=0)
     assert_close(mean, want_mean, 1e-7)
     assert_close(var, want_var, 1e-5)
+
+
+# Every pool but one of many rows, which takes the interpreter long.
+POOL_CASES = [(pool, torch.float32, True) for pool in POOLS if pool.name != "many-rows"]
+POOL_CASES += [
+    (pool, dtype, prologue)
+    for pool in POOLS
+    for dtype, prologue in ((torch.float16, True), (torch.float64, True), (torch.float32, False))
+    if pool.name in ("odd", "gaps")
+]
+
+
+@pytest.mark.parametrize(("pool", "dtype", "prologue"), POOL_CASES, ids=str)
+def test_elementwise_max_pool2d(pool: Pool, dtype: torch.dtype, prologue: bool) -> None:
+    x = activation(pool.shape, dtype)
+    before = affine_vectors(pool.c, dtype) if prologue else [None] * 4
+    y = kernels.max_pool2d(x, *pool.geometry, *before, EPS)
+    assert_channels_last(y, dtype)
+    leaves = [exact(t).requires_grad_() for t in (x, *before) if t is not None]
+    a = F.relu(bn(*leaves)) if prologue else leaves[0]
+    expected = F.max_pool2d(a, *pool.geometry)
+    assert_close(y, expected.detach(), TOLERANCE[dtype])
+
+    dy = activation(tuple(expected.shape), dtype)
+    got = kernels.max_pool2d_backward(dy, x, *pool.geometry, *before, EPS)
+    assert_channels_last(got[0], dtype)
+    want = gradients([expected], leaves, [dy])
+    for name, actual in zip(["x", "mean", "var", "weight", "bias"], got, strict=True):
+        if want:
+            assert_close(actual, want.pop(0), 4 * TOLERANCE[dtype], name)
+        else:
+            assert actual.shape == (0,), name
+
+
+def test_elementwise_max_pool2d_of_nan_infinity_and_equal_values(guards: Guards) -> None:
+    guards.may_hold_nan = True
+    x = torch.zeros(1, 2, 6, 6).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 2, 3] = math.nan
+    x[0, 1] = -math.inf
+    x.requires_grad_()
+    geometry = ([3, 3], [2, 2], [1, 1])
+    expected = F.max_pool2d(x, *geometry)
+    dy = torch.rand_like(expected)
+    (want,) = torch.autograd.grad(expected, x, dy)
+    none = [None] * 4
+    y = kernels.max_pool2d(x.detach(), *geometry, *none, EPS)
+    torch.testing.assert_close(y, expected.detach(), equal_nan=True, rtol=0, atol=0)
+    got = kernels.max_pool2d_backward(dy, x.detach(), *geometry, *none, EPS)[0]
+    torch.testing.assert_close(got, want)
 
 
 # N, Ci, H, W, Co, kernel, stride, padding, dilation, groups

@@ -11,10 +11,12 @@ from .conv_bn import Module, Pending, finish, is_untouched
 
 
 def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
-    """``pool(x)``, on the CPU by the fused op. ``pool`` may be any module."""
+    """``pool(x)``, by the fused op on the CPU and in training. ``pool`` may be any module."""
     geometry = pool_geometry(pool)
     z = x.z if isinstance(x, Pending) else x
-    if geometry is None or isinstance(z, Proxy) or z.device.type != "cpu":
+    if geometry is None or isinstance(z, Proxy):
+        return pool(finish(x, relu=True))
+    if z.device.type != "cpu" and not isinstance(x, Pending):
         return pool(finish(x, relu=True))
     return ops.max_pool2d(z, *geometry, *(x[1:] if isinstance(x, Pending) else ()))
 

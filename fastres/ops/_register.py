@@ -28,8 +28,7 @@ OPS = (
     "conv_stats",
     "conv_stats_backward",
 )
-# Which module of fastres.kernels holds an op's Triton launcher. Packing is for the CPU alone, and
-# the models use torch's max-pool on CUDA.
+# Which module of fastres.kernels holds an op's Triton launcher. Packing is for the CPU alone.
 LAUNCHERS = {
     "add_relu": "add_relu",
     "add_relu_backward": "add_relu",
@@ -38,6 +37,8 @@ LAUNCHERS = {
     "conv_bn_relu": "conv",
     "conv_stats": "conv",
     "conv_stats_backward": "conv_backward",
+    "max_pool2d": "max_pool2d",
+    "max_pool2d_backward": "max_pool2d",
 }
 
 # Keeps the registrations alive for as long as the process.
