@@ -31,7 +31,7 @@ POLITE = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('ke
 STUBBORN = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)"
 
 
-@pytest.mark.parametrize(("code", "limit", "grace"), [(POLITE, 3, 300), (STUBBORN, 3, 0.1)])
+@pytest.mark.parametrize(("code", "limit", "grace"), [(POLITE, 1, 300), (STUBBORN, 1, 0.1)])
 def test_a_step_out_of_time_is_interrupted_then_ended(code, limit, grace):
     ended = gpu.run_step(python(code), limit, grace)
     assert ended.interrupted

@@ -14,11 +14,10 @@ def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
     """``pool(x)``, by the fused op on the CPU and in training. ``pool`` may be any module."""
     geometry = pool_geometry(pool)
     z = x.z if isinstance(x, Pending) else x
-    if geometry is None or isinstance(z, Proxy):
+    pending = isinstance(x, Pending)
+    if geometry is None or isinstance(z, Proxy) or not (pending or z.device.type == "cpu"):
         return pool(finish(x, relu=True))
-    if z.device.type != "cpu" and not isinstance(x, Pending):
-        return pool(finish(x, relu=True))
-    return ops.max_pool2d(z, *geometry, *(x[1:] if isinstance(x, Pending) else ()))
+    return ops.max_pool2d(z, *geometry, *(x[1:] if pending else ()))
 
 
 def pool_geometry(pool: Module) -> tuple[list[int], list[int], list[int]] | None:
