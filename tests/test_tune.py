@@ -282,6 +282,17 @@ class TestTuning:
         assert "tuning needs a GPU: torch sees no CUDA device" in capsys.readouterr().err
 
 
+def test_what_env_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(choice, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(choice, "_stored", lambda device: None)
+    rows = tune.typical_choices()
+    assert {ConvKey.parse(key).op for key, _, _ in rows} >= {"conv_stats", "conv_bn_add_relu"}
+    assert {chosen for _, chosen, _ in rows} >= {"cudnn", "triton:square", "triton:small"}
+    assert {why for _, _, why in rows} == {"no table has this shape", "no other kernel fits"}
+
+
 @pytest.mark.parametrize("target", tune.MULTIPROCESSORS)
 def test_the_tables_that_ship_are_what_they_say(
     target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
