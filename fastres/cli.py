@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,8 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except train.RunInterruptedError as error:
-        print(f"fastres: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+            print(f"fastres: {error}", file=sys.stderr)
         return 130
+    except train.PeerError:
+        return 2
     except KNOWN_ERRORS as error:
         print(f"fastres: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ OPTIONS = """
     --recipe --model --data --root --epochs --batch-size --lr --schedule --warmup --step-size
     --gamma --momentum --nesterov --no-nesterov --weight-decay --decay-norm --no-decay-norm
     --label-smoothing --cutout --ema --seed --valid-ratio --patience --device --amp
-    --channels-last --no-channels-last --fused --no-fused --out --resume
+    --channels-last --no-channels-last --sync-bn --fused --no-fused --out --resume
     --test-ratio --image-size --stem --workers --weights --freeze --tensorboard
 """
 

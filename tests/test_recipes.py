@@ -62,7 +62,7 @@ class TestRecipe:
         rest = {field.name for field in dataclasses.fields(standard)} - expected.keys()
         assert rest == {  # what is trained on, on what, and where to
             "data", "root", "test_ratio", "image_size", "stem", "weights", "freeze", "workers",
-            "device", "fused", "out", "resume", "tensorboard",
+            "device", "fused", "out", "resume", "tensorboard", "sync_bn",
         }  # fmt: skip
 
     def test_names_are_those_of_the_settings(self) -> None:

@@ -11,6 +11,7 @@ from fastres.data.augment import cutout, normalize, random_crop_flip
 from fastres.data.datasets import ImageSet
 from fastres.data.draws import EPOCH, SPLIT, generator
 from fastres.data.errors import DataError
+from fastres.data.shares import share_of
 
 
 def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,6 +47,8 @@ class Batches:
         padding: pixels on every side of which the crop is taken.
         cutout: side of the square in pixels; 0 is none.
         channels_last: the batches' memory layout.
+        share: (rank, size): of several processes, each takes its part of every batch; the parts
+            together are the batch, and an empty one is left out.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Batches:
         padding: int = 4,
         cutout: int = 0,
         channels_last: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.part = part
         self.batch_size = batch_size
@@ -69,6 +73,7 @@ class Batches:
         self.seed = seed
         self.padding = padding
         self.cutout = cutout
+        self.share = share
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.epoch = 0
 
@@ -88,9 +93,10 @@ class Batches:
         n = len(self.part)
         device = self.part.images.device
         starts = range(first * self.batch_size, n, self.batch_size)
+        shares = [share_of(i, min(i + self.batch_size, n), self.share) for i in starts]
+        batches = [batch for batch in shares if batch.start < batch.stop]
         if not self.augment:
-            for start in starts:
-                batch = slice(start, start + self.batch_size)
+            for batch in batches:
                 images = normalize(self.part.images[batch], self.mean, self.std)
                 yield images.contiguous(memory_format=self.layout), self.part.labels[batch]
             return
@@ -100,8 +106,7 @@ class Batches:
         flip = torch.randint(2, (n,), generator=draw).bool().to(device)
         h, w = self.part.images.shape[2:]  # the centres are drawn last, so the rest is as without
         row, column = (torch.randint(size, (n,), generator=draw).to(device) for size in (h, w))
-        for start in starts:
-            batch = slice(start, start + self.batch_size)
+        for batch in batches:
             images = self.part.images[order[batch]]
             images = random_crop_flip(images, top[batch], left[batch], flip[batch], self.padding)
             images = normalize(images, self.mean, self.std)

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from fastres.data.augment import cutout, normalize
 from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
 from fastres.data.errors import DataError
+from fastres.data.shares import share_of
 
 # Per channel, of ImageNet's training images scaled to [0, 1]: what torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -349,6 +350,8 @@ class PictureBatches:
         seed: of the order and of the augmentation.
         cutout: side of the square in pixels; 0 is none.
         channels_last: the batches' memory layout.
+        share: (rank, size): of several processes, each takes its part of every batch; the parts
+            together are the batch, and an empty one is left out.
 
     Raises:
         DataError: from the iteration, naming a picture that cannot be read.
@@ -369,6 +372,7 @@ class PictureBatches:
         seed: int = 0,
         cutout: int = 0,
         channels_last: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.part = part
         self.batch_size = batch_size
@@ -379,6 +383,7 @@ class PictureBatches:
         self.augment = augment
         self.seed = seed
         self.cutout = cutout
+        self.share = share
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.image_size = image_size
         self.epoch = 0
@@ -407,25 +412,24 @@ class PictureBatches:
             draw = generator(EPOCH, self.seed, self.epoch)
             order = torch.randperm(n, generator=draw)
             row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
-        batches = order.split(self.batch_size)[first:]
+        starts = range(first * self.batch_size, n, self.batch_size)
+        shares = [share_of(i, min(i + self.batch_size, n), self.share) for i in starts]
+        batches = [batch for batch in shares if batch.start < batch.stop]
         loader = DataLoader(
             _Reader(self.part.paths, self.transform, (self.seed, self.epoch)),
-            batch_sampler=[batch.tolist() for batch in batches],
+            batch_sampler=[order[batch].tolist() for batch in batches],
             num_workers=min(self.workers, len(batches)),
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
         )
-        start = first * self.batch_size
         for batch, pictures in zip(batches, loader, strict=True):
             if isinstance(pictures, DataError):
                 raise pictures
             images = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            labels = self.part.labels[batch].to(self.device, non_blocking=True)
+            labels = self.part.labels[order[batch]].to(self.device, non_blocking=True)
             images = normalize(images, self.mean, self.std)
-            now = slice(start, start + len(batch))
             if self.augment and self.cutout:
-                cutout(images, row[now], column[now], self.cutout)
-            start = now.stop
+                cutout(images, row[batch], column[batch], self.cutout)
             yield images.contiguous(memory_format=self.layout), labels

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .packed import PackedWeights
+from .sync import synchronised, synchronises
 
 # A block's child: what it should be stands in its name, what it is only a check can tell.
 Module: TypeAlias = Any
@@ -125,7 +126,7 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
         is_untouched(conv, nn.Conv2d)
-        and is_untouched(bn, nn.BatchNorm2d)
+        and (is_untouched(bn, nn.BatchNorm2d) or is_untouched(bn, nn.SyncBatchNorm))
         and conv.padding_mode == "zeros"
         and type(conv.padding) is tuple
         # Tools that take the parameters out of a module leave plain attributes behind.
@@ -212,6 +213,11 @@ def _conv_stats(conv: Module, bn: Module, x: Tensor | Pending) -> Pending:
         z, weight, *prologue, conv.stride, conv.padding, conv.dilation, conv.groups
     )
     count = z.size(0) * z.size(2) * z.size(3)
+    if type(bn) is nn.SyncBatchNorm and bn.training and synchronises(bn):
+        mean, var, total = synchronised(mean, var, count, bn.process_group)
+        if bn.track_running_stats:
+            _update_running_statistics(bn, mean, var, total)
+        return Pending(z, mean, var, bn._parameters["weight"], bn._parameters["bias"], bn.eps)
     if count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {z.size()}"
@@ -222,14 +228,14 @@ def _conv_stats(conv: Module, bn: Module, x: Tensor | Pending) -> Pending:
 
 
 @torch.no_grad()
-def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """As ``nn.BatchNorm2d``: moving or (momentum None) cumulative average, unbiased variance."""
     momentum, batches = bn.momentum, bn.num_batches_tracked
     if batches is not None:
         batches.add_(1)
     if momentum is None:
         momentum = 0.0 if batches is None else batches.to(mean.dtype).reciprocal()
-    if count == 0:
+    if isinstance(count, int) and count == 0:
         return
     unbiased = var * (count / (count - 1))
     for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):

@@ -169,6 +169,9 @@ class TrainConfig:
     channels_last: bool = True
     """Keep images and weights in channels_last memory; the answers are the same."""
 
+    sync_bn: bool = False
+    """Among several processes, take BatchNorm's statistics of all their images."""
+
     fused: bool = True
     """Use fastres's fused operations; the answers are the same."""
 

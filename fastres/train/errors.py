@@ -28,6 +28,13 @@ class NonFiniteLossError(TrainError):
     """The loss became NaN or infinite."""
 
 
+class PeerError(TrainError):
+    """Another process of this run has ended it, and said why."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run has ended it")
+
+
 class ImageError(TrainError):
     """A file is not an image that can be read."""
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastres.data import Batches, DataError, PictureBatches, PictureSet, load
 from fastres.data.folder import resize_size
-from fastres.train.config import TrainConfig
+from fastres.train.config import ConfigError, TrainConfig
 from fastres.train.curves import draw_curves
+from fastres.train.distributed import Processes, connect
 from fastres.train.errors import NonFiniteLossError, RunInterruptedError
 from fastres.train.files import write_json
 from fastres.train.meter import Meter
 from fastres.train.mistakes import write_mistakes
-from fastres.train.model import resolve_amp, resolve_device
+from fastres.train.model import resolve_amp
 from fastres.train.outcomes import Outcomes
 from fastres.train.parts import Part, check_pictures, divide, image_size, worker_count
 from fastres.train.report import Report
@@ -137,6 +138,9 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     `fastres.train.seed`). The same config gives the same numbers on the same machine, and on the
     CPU a run that was killed and resumed has the same weights, bit for bit, as one that was not.
 
+    Where torchrun started several processes on this machine, they share every batch and take one
+    step together; the first of them writes. A signal to one of them stops all.
+
     Args:
         config: the settings; `config.resume` goes on with the run in `config.out`.
         progress: show a bar, a line an epoch and a table at the end.
@@ -148,15 +152,24 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
         WriteError: a file cannot be written, as on a full disk; what was written before stays.
         NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint stays.
         RunInterruptedError: SIGINT or SIGTERM came; the state is saved.
+        PeerError: another process has ended the run.
     """
-    device = resolve_device(config.device)
+    with connect(config.device) as (processes, device):
+        return _fit(config, processes, device, progress=progress and processes.first)
+
+
+def _fit(
+    config: TrainConfig, processes: Processes, device: torch.device, *, progress: bool
+) -> Result:
     if config.tensorboard:
         require_tensorboard()
-    dataset = load(config.data, config.root)
+    if processes.size > 1 and config.sync_bn and device.type == "cpu" and not config.fused:
+        raise ConfigError("sync_bn is True, expected fused beside it: torch has it on GPUs alone")
+    dataset = processes.first_before_others(lambda: load(config.data, config.root))
     size, workers = image_size(dataset, config), worker_count(config.workers)
     parts = divide(dataset, config)
     if not config.resume:  # a run that goes on was checked when it began
-        check_pictures(parts, size, workers, progress=progress)
+        processes.from_first(lambda: check_pictures(parts, size, workers, progress=progress))
 
     def batches(part: Part, **options: Any) -> Batches | PictureBatches:
         common = (config.batch_size, dataset.mean, dataset.std)
@@ -166,27 +179,45 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
             return PictureBatches(part, *common, device=device, **options)
         return Batches(part.to(device), *common, **options)
 
-    train = batches(parts[0], augment=True, seed=config.seed, cutout=config.cutout)
-    valid = batches(parts[1])
+    share = (processes.rank, processes.size)
+    train = batches(parts[0], augment=True, seed=config.seed, cutout=config.cutout, share=share)
+    valid = batches(parts[1], share=share)
     test = batches(parts[2])
+    if (rest := (len(train.part) - 1) % config.batch_size + 1) < processes.size:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which leaves {rest} of {len(train.part)} images "
+            f"to the last batch, expected one for each of the {processes.size} processes"
+        )
 
     seed_everything(config.seed)
     run = Run(config, dataset, device, len(train))
     report = Report(config.epochs, len(train), enabled=progress)
-    folder = _open_folder(config, run, report)
+    folder = processes.from_first(lambda: _open_folder(config, run, report))
+    if not processes.first and config.resume and folder.has_checkpoint:
+        run.load_last(folder.last)
+        run.meter.forget_counts()
+    trained = processes.wrap(run.model, sync_bn=config.sync_bn)
     amp = resolve_amp(config.amp, device)
-    loss_function = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-    board = TensorBoard(folder.tensorboard, run.epoch, enabled=config.tensorboard)
+    loss_function = processes.weigh(
+        partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    )
+    board = TensorBoard(
+        folder.tensorboard, run.epoch, enabled=config.tensorboard and processes.first
+    )
+    place = f"{processes.size} x {device.type}" if processes.size > 1 else str(device)
     with report, stop_on_signal() as stop:
         report.start(
             f"{config.model} on {config.data}, recipe {config.recipe}: "
             f"{len(train.part):,} training, {len(valid.part):,} validation, "
-            f"{len(test.part):,} test images; {device}; {folder.path}"
+            f"{len(test.part):,} test images; "
+            f"{place}; {folder.path}"
         )
 
         def leave_if_asked(meter: Meter) -> None:
-            if stop.requested:
-                run.save_last(folder.last)
+            if processes.any(stop.requested):
+                processes.sum(run.meter)
+                if processes.first:
+                    run.save_last(folder.last)
                 raise RunInterruptedError(folder.path)
 
         def after_step(meter: Meter) -> None:
@@ -199,7 +230,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
             train.set_epoch(run.epoch)
             try:
                 train_one_epoch(
-                    run.model,
+                    trained,
                     train.iterate(run.meter.step),
                     run.optimizer,
                     loss_function=loss_function,
@@ -208,31 +239,43 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
                     meter=run.meter,
                     on_step=after_step,
                 )
-                validation = evaluate(run.evaluated, valid, amp=amp, on_step=leave_if_asked)
+                processes.take_statistics_of_first(run.evaluated)
+                # Several processes may have different numbers of steps here, so none can be asked.
+                on_step = leave_if_asked if processes.size == 1 else None
+                validation = evaluate(run.evaluated, valid, amp=amp, on_step=on_step)
+                leave_if_asked(validation)
             except NonFiniteLossError as error:
+                processes.fail()
                 kept = run.stopping.best_epoch
                 best = f"; {folder.best} keeps epoch {kept}, the best so far" if kept else ""
                 raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}{best}") from error
             except DataError:  # a picture went missing: between two steps, so nothing is lost
-                run.save_last(folder.last)
+                if processes.size == 1:  # else the others' images of this epoch are not known
+                    run.save_last(folder.last)
                 raise
-            _end_epoch(run, validation, folder, report)
+            processes.sum(run.meter)
+            processes.sum(validation)
+            _end_epoch(run, validation, processes.first, folder, report)
             board.end_epoch(run.history[-1])
-
-        run.load_best(folder.best)
 
         def leave_without_saving(meter: Meter) -> None:
             if stop.requested:  # the model is the best one by now, and last.pt is complete
                 raise RunInterruptedError(folder.path)
 
-        outcomes = Outcomes(dataset.classes)
-        tested = evaluate(
-            run.evaluated, test, amp=amp, on_step=leave_without_saving, on_batch=outcomes.add
-        )
-        write_mistakes(folder, outcomes, parts[2], size)
-        result = _result(run, tested, folder)
-        board.end(result.best_epoch, result.test_loss, result.test_accuracy)
-        write_json(folder.result, {**asdict(result), **_paths_as_text(result)})
+        def test_best() -> Result:
+            run.load_best(folder.best)
+            outcomes = Outcomes(dataset.classes)
+            tested = evaluate(
+                run.evaluated, test, amp=amp, on_step=leave_without_saving, on_batch=outcomes.add
+            )
+            write_mistakes(folder, outcomes, parts[2], size)
+            result = _result(run, tested, folder)
+            board.end(result.best_epoch, result.test_loss, result.test_accuracy)
+            write_json(folder.result, {**asdict(result), **_paths_as_text(result)})
+            return result
+
+        # By one process, so that the images' answers are in one place and in their order.
+        result = processes.from_first(test_best)
         report.end(result)
     return result
 
@@ -253,7 +296,9 @@ def _open_folder(config: TrainConfig, run: Run, report: Report) -> RunFolder:
     return folder
 
 
-def _end_epoch(run: Run, validation: Meter, folder: RunFolder, report: Report) -> None:
+def _end_epoch(
+    run: Run, validation: Meter, writes: bool, folder: RunFolder, report: Report
+) -> None:
     line = {
         "epoch": run.epoch + 1,
         "train_loss": run.meter.mean_loss,
@@ -269,10 +314,11 @@ def _end_epoch(run: Run, validation: Meter, folder: RunFolder, report: Report) -
     run.meter = Meter()
     best = run.stopping.update(run.epoch, validation.accuracy)
     # The best before the last: killed between the two, the epoch is run again and both are right.
-    if best:
+    if best and writes:
         run.save_best(folder.best)
-    run.save_last(folder.last)
-    _write_history(run, folder)
+    if writes:
+        run.save_last(folder.last)
+        _write_history(run, folder)
     report.end_epoch(line, best=best)
 
 

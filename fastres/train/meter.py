@@ -73,6 +73,10 @@ class Meter:
         self.seconds += now - self.since
         self.since = now
 
+    def forget_counts(self) -> None:
+        """Count images from zero: another process goes on from what was counted before."""
+        self.loss, self.correct, self.images = 0.0, 0, 0
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain numbers."""
         names = ("step", "images", "loss", "correct", "seconds", "lr")

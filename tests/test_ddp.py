@@ -1,0 +1,196 @@
+"""Several processes that train one model, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastres.data.shares import share_of
+from fastres.train import checkpoint
+from fastres.train import run as run_state
+
+# 50 images for training in batches of 15: neither these nor the last 5 can be halved.
+SCRIPT = """
+import os, signal, sys
+import torch
+from fastres import cli, data
+from fastres.train import loop
+from fastres.train import run as run_state
+
+torch.set_num_threads(1)
+# In float64: a run in float32 doubles its rounding errors with every few steps.
+build, read = run_state.build_model, data.Batches.iterate
+run_state.build_model = lambda *arguments: build(*arguments).double()
+data.Batches.iterate = lambda self, first=0: ((x.double(), y) for x, y in read(self, first))
+whole = data.sample()
+few = data.Dataset(whole.train[torch.arange(63)], whole.test[torch.arange(20)])
+loop.load = lambda name, root: few
+EXTRA
+sys.exit(cli.main(sys.argv[1:]))
+"""
+AT_STEP = """
+iterate = data.Batches.iterate
+
+def disturbed(self, first=0):
+    for step, (images, labels) in enumerate(iterate(self, first), start=first + 1):
+        if self.augment and (self.epoch, step, os.environ["RANK"]) == (1, 2, "1"):
+            DISTURB
+        yield images, labels
+
+data.Batches.iterate = disturbed
+"""
+WORDS = """
+    train --recipe best --epochs 2 --batch-size 15 --lr 0.005 --valid-ratio 0.2 --sync-bn
+    --device cpu --out
+"""
+SETTINGS = WORDS.split()
+# One step of two processes against the same step of one, in float64.
+ONE_STEP = """
+import copy
+import torch
+import torch.nn.functional as F
+import fastres
+from fastres.data.shares import share_of
+from fastres.train.distributed import connect
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+x = torch.randn(5, 3, 16, 16, dtype=torch.float64) * 3 + 2
+y = torch.arange(5)
+alone = fastres.resnet18(fused=True, stem="cifar", num_classes=5).double()
+model = copy.deepcopy(alone)
+F.cross_entropy(alone(x), y).backward()
+with connect("cpu") as (processes, device):
+    mine = share_of(0, 5, (processes.rank, processes.size))
+    wrapped = processes.wrap(model, sync_bn=True)
+    processes.weigh(F.cross_entropy)(wrapped(x[mine]), y[mine]).backward()
+assert mine.stop - mine.start == (2, 3)[processes.rank]
+for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+for p, q in zip(model.buffers(), alone.buffers(), strict=True):
+    torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+"""
+MINUTES = 10  # a process that waits for one that is gone must not wait for ever
+
+
+def script(folder: Path, extra: str = "") -> Path:
+    path = folder / "script.py"
+    path.write_text(SCRIPT.replace("EXTRA", extra))
+    return path
+
+
+def in_two(path: Path, *arguments: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of both processes, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(path), *arguments],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60 * MINUTES) for process in processes]
+    return [(p.returncode, *text) for p, text in zip(processes, said, strict=True)]
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of two processes, and what torchrun let them say."""
+    folder = tmp_path_factory.mktemp("together")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, str(script(folder)), *SETTINGS, str(folder / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 15), (45, 50), (3, 4), (7, 7)])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_are_the_batch(start: int, stop: int, size: int) -> None:
+    taken = [share_of(start, stop, (rank, size)) for rank in range(size)]
+    positions = [i for share in taken for i in range(share.start, share.stop)]
+    assert positions == list(range(start, stop))
+    lengths = [share.stop - share.start for share in taken]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_step_of_two_is_the_step_of_one(tmp_path: Path) -> None:
+    """Gradients and running statistics, with other numbers of images in the two."""
+    path = tmp_path / "one_step.py"
+    path.write_text(ONE_STEP)
+    for code, _, error in in_two(path):
+        assert code == 0, error
+
+
+def test_two_processes_give_the_curve_of_one(together: tuple[Path, str], tmp_path: Path) -> None:
+    out, said = together
+    alone = subprocess.run(
+        [sys.executable, str(script(tmp_path)), *SETTINGS, str(tmp_path / "alone")],
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
+    assert alone.returncode == 0, alone.stderr
+    for one, two in zip(history(tmp_path / "alone"), history(out), strict=True):
+        for key in ("train_loss", "valid_loss"):
+            assert two[key] == pytest.approx(one[key], rel=1e-6), key
+        assert two["lr"] == one["lr"]
+        # 50 and 13 images are counted once each; an accuracy may differ by one of them.
+        assert two["train_accuracy"] == pytest.approx(one["train_accuracy"], abs=1.01 / 50)
+        assert two["valid_accuracy"] == pytest.approx(one["valid_accuracy"], abs=1.01 / 13)
+    assert said.count("epoch   1/2") == 1
+    assert "2 x cpu" in said
+
+
+def test_signal_to_one_stops_both_and_they_go_on(
+    together: tuple[Path, str], tmp_path: Path
+) -> None:
+    extra = AT_STEP.replace("DISTURB", "os.kill(os.getpid(), signal.SIGTERM)")
+    out = tmp_path / "run"
+    first, second = in_two(script(tmp_path, extra), *SETTINGS, str(out))
+    assert (first[0], second[0]) == (130, 130), (first[2], second[2])
+    assert f"stopped; go on with: fastres train --out {out} --resume" in first[2]
+    assert "stopped" not in second[2]
+    saved = checkpoint.load(out / "last.pt", run_state.RUN_KEYS)
+    assert (saved["epoch"], saved["meter"]["step"], saved["meter"]["images"]) == (1, 2, 30)
+    done = in_two(script(tmp_path), "train", "--resume", "--out", str(out))
+    assert [code for code, _, _ in done] == [0, 0], done
+    a, b = (checkpoint.load(run / "last.pt", run_state.RUN_KEYS) for run in (out, together[0]))
+    for key, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][key])
+    for one, two in zip(history(out), history(together[0]), strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6)
+        assert one["train_accuracy"] == two["train_accuracy"]
+
+
+def test_error_in_one_ends_both(tmp_path: Path) -> None:
+    extra = AT_STEP.replace("DISTURB", 'images = images * float("nan")')
+    out = tmp_path / "run"
+    plain = [word for word in SETTINGS if word != "--sync-bn"]  # with it, both see the NaN
+    first, second = in_two(script(tmp_path, extra), *plain, str(out))
+    assert (first[0], second[0]) == (2, 2), (first[2], second[2])
+    assert "epoch 2: the loss is nan at step 2" in second[2]
+    assert "Traceback" not in first[2]
+    assert checkpoint.load(out / "last.pt", run_state.RUN_KEYS)["epoch"] == 1
