@@ -40,6 +40,8 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "int[] stride, int[] padding, int[] dilation, int groups, bool relu, Tensor? packed) "
       "-> Tensor");
 
+  m.def("conv_chain(Tensor input, Tensor[] tensors, int[] program, float[] eps) -> Tensor");
+
   m.def(
       "conv_stats(Tensor input, Tensor weight, Tensor? in_mean, Tensor? in_var, "
       "Tensor? in_weight, Tensor? in_bias, float in_eps, int[] stride, int[] padding, "
@@ -66,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 
   m.impl("pack_conv_weight", TORCH_BOX(&cpu::pack_conv_weight));
   m.impl("conv_bn_relu", TORCH_BOX(&cpu::conv_bn_relu));
+  m.impl("conv_chain", TORCH_BOX(&cpu::conv_chain));
 
   m.impl("conv_stats", TORCH_BOX(&cpu::conv_stats));
   m.impl("conv_stats_backward", TORCH_BOX(&cpu::conv_stats_backward));

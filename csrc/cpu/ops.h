@@ -67,6 +67,9 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                     int64_t groups, bool relu, const OptionalTensor& packed);
 
+Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
+                  const std::vector<int64_t>& program, const std::vector<double>& eps);
+
 std::tuple<Tensor, Tensor, Tensor> conv_stats(
     const Tensor& input, const Tensor& weight, const OptionalTensor& in_mean,
     const OptionalTensor& in_var, const OptionalTensor& in_weight, const OptionalTensor& in_bias,

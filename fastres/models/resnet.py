@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import ops
-from ..nn.conv_bn import conv_bn_add_relu, conv_bn_relu, finish, kept_anyway, project
+from ..nn.chain import Chain, chains
+from ..nn.conv_bn import (
+    conv_bn_add_relu,
+    conv_bn_relu,
+    finish,
+    is_untouched,
+    kept_anyway,
+    project,
+)
 from ..nn.max_pool import max_pool, pool_geometry
 from ..nn.units import FusedUnits
 
@@ -187,8 +196,34 @@ class FusedResNet(FusedUnits, ResNet):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x.contiguous(memory_format=torch.channels_last))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self._body(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _body(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stages(x)
+        elif chains(x) and self._chains():
+            body: Any = self._stages
+            return body(Chain(x).start()).compute()
+        else:
+            return self._stages(x)
+
+    def _stages(self, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def _chains(self) -> bool:
+        """Whether all that the blocks do is fused units with their running statistics."""
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return (
+            not _has_any_global_hook()
+            and all(is_untouched(stage, nn.Sequential) for stage in stages)
+            and all(
+                type(block) in _FUSED_BLOCKS.values()
+                and is_untouched(block, type(block))
+                and block.chains()
+                for block in self.blocks()
+            )
+        )
 
     def _stem(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():

@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
+from .chain import Deferred
 from .packed import PackedWeights
 from .sync import synchronised, synchronises
 
@@ -38,9 +39,11 @@ class Pending(NamedTuple):
 
 
 def conv_bn_relu(
-    conv: Module, bn: Module, relu: Module, x: Tensor | Pending, packed: PackedWeights
-) -> Tensor | Pending:
+    conv: Module, bn: Module, relu: Module, x: Tensor | Pending | Deferred, packed: PackedWeights
+) -> Tensor | Pending | Deferred:
     """``relu(bn(conv(x)))``, with BatchNorm and ReLU still pending if it uses batch statistics."""
+    if isinstance(x, Deferred):
+        return x.conv_bn(conv, bn, packed, relu=True)
     if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
         return relu(bn(conv(finish(x, relu=True))))
     if uses_batch_statistics(bn):
@@ -52,12 +55,17 @@ def conv_bn_add_relu(
     conv: Module,
     bn: Module,
     relu: Module,
-    x: Tensor | Pending,
-    shortcut: Tensor | Pending,
+    x: Tensor | Pending | Deferred,
+    shortcut: Tensor | Pending | Deferred,
     packed: PackedWeights,
     recompute: int = 0,
-) -> Tensor:
-    """``relu(bn(conv(x)) + shortcut)``: the end of a block. For ``recompute`` see ``finish``."""
+) -> Any:
+    """``relu(bn(conv(x)) + shortcut)``: the end of a block. For ``recompute`` see ``finish``.
+
+    A tensor, or ``Deferred`` where x is.
+    """
+    if isinstance(x, Deferred):
+        return x.conv_bn(conv, bn, packed, relu=True, residual=shortcut)
     if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
         return relu(bn(conv(finish(x, relu=True))) + finish(shortcut, relu=False))
     if uses_batch_statistics(bn):
@@ -66,10 +74,15 @@ def conv_bn_add_relu(
     return _conv_bn(conv, bn, finish(x, relu=True), finish(shortcut, relu=False), True, packed)
 
 
-def project(downsample: Module | None, x: Tensor, packed: PackedWeights) -> Tensor | Pending:
+def project(
+    downsample: Module | None, x: Tensor | Deferred, packed: PackedWeights
+) -> Tensor | Pending | Deferred:
     """A block's shortcut: x itself, a 1x1 convolution with BatchNorm, or any other module."""
     if downsample is None:
         return x
+    if isinstance(x, Deferred):
+        conv, bn = downsample.children()
+        return x.conv_bn(conv, bn, packed, relu=False)
     pair = as_conv_bn(downsample)
     if pair is None or not fuses(*pair, x):
         return downsample(x)
@@ -177,7 +190,8 @@ def _conv_bn(
         and weight.is_cpu
         and weight.dtype == torch.float32
     ):
-        packed = packed_weights.get(conv, weight, x)
+        n, _, height, width = x.shape
+        packed = packed_weights.get(conv, weight, (n, height, width))
     bn_parameters, buffers = bn._parameters, bn._buffers
     return ops.conv_bn_relu(
         x,

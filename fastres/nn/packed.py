@@ -37,8 +37,8 @@ class PackedWeights:
     def __init__(self) -> None:
         self._entries: dict[nn.Module, _Entry] = {}
 
-    def get(self, conv: Any, weight: Tensor, x: Tensor) -> Tensor | None:
-        """The packed form of ``weight`` for inputs like ``x``, made if missing or out of date."""
+    def get(self, conv: Any, weight: Tensor, size: tuple[int, int, int]) -> Tensor | None:
+        """The packed form of ``weight`` for inputs of (N, H, W) ``size``, made if out of date."""
         if weight.is_inference():
             return None  # has no version counter: a change could not be seen
         key = (
@@ -54,14 +54,13 @@ class PackedWeights:
         entry = self._entries.get(conv)
         if entry is None or entry.weight is not weight or entry.key != key:
             entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {})
-        n, _, h, w = x.shape
-        allowed = cpu.allow_winograd
-        packed = entry.by_size.get((n, h, w, allowed))
+        kind = (size, cpu.allow_winograd)
+        packed = entry.by_size.get(kind)
         if packed is None:
-            packed = self._pack(conv, entry, (n, h, w))
+            packed = self._pack(conv, entry, size)
             if len(entry.by_size) >= _MOST_SIZES:
                 entry.by_size.clear()
-            entry.by_size[(n, h, w, allowed)] = packed
+            entry.by_size[kind] = packed
         return packed
 
     def _pack(self, conv: Any, entry: _Entry, size: tuple[int, int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import ops
-from .conv_bn import as_conv_bn, fuses, is_untouched
+from .conv_bn import as_conv_bn, fuses, is_untouched, uses_batch_statistics
 from .packed import PackedWeights
 
 
@@ -93,6 +93,25 @@ class FusedUnits(nn.Module):
         """Whether the module has a downsample that can be folded."""
         pair = as_conv_bn(self._modules.get("downsample"))
         return pair is not None and _pair_folds(*pair)
+
+    def chains(self) -> bool:
+        """Whether the module's units can wait for those after them: see ``chain.Deferred``."""
+        pairs = [
+            (self._modules[name], self._modules[name.replace("conv", "bn")])
+            for name in self._modules
+            if name.startswith("conv")
+        ]
+        if self.downsample is not None:
+            pair = as_conv_bn(self.downsample)
+            if pair is None:
+                return False
+            pairs.append(pair)
+        return is_untouched(self.relu, nn.ReLU) and all(
+            fuses(conv, bn)
+            and not uses_batch_statistics(bn)
+            and type(conv._parameters["weight"]) is nn.Parameter
+            for conv, bn in pairs
+        )
 
     def _folded1(self, x: Tensor) -> Tensor:
         return folded(

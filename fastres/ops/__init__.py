@@ -14,6 +14,7 @@ from fastres.ops.conv_bn_relu import (
     pack_conv_weight,
     packed_conv_weight_numel,
 )
+from fastres.ops.conv_chain import conv_chain
 from fastres.ops.conv_stats import conv_stats
 from fastres.ops.max_pool2d import max_pool2d
 from fastres.ops.recomputed import bn_add_relu_recomputed, in_a_row
@@ -23,6 +24,7 @@ __all__ = [
     "bn_add_relu",
     "bn_add_relu_recomputed",
     "conv_bn_relu",
+    "conv_chain",
     "conv_stats",
     "in_a_row",
     "max_pool2d",

@@ -25,6 +25,7 @@ OPS = (
     "max_pool2d_backward",
     "pack_conv_weight",
     "conv_bn_relu",
+    "conv_chain",
     "conv_stats",
     "conv_stats_backward",
 )

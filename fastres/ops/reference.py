@@ -7,6 +7,9 @@ the names and the arguments of the ops' schemas; a result that does not apply ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -232,6 +235,51 @@ def _prologue(
     if in_mean is None or in_var is None:
         return input
     return F.relu(_affine(input, in_mean, in_var, in_weight, in_bias, in_eps)).to(input.dtype)
+
+
+class ChainUnit(NamedTuple):
+    """A unit of conv_chain's program."""
+
+    source: int
+    residual: int
+    tensors: list[int]  # weight, bias, running_mean, running_var, bn_weight, bn_bias, packed
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    relu: bool
+
+    @property
+    def weight(self) -> int:
+        return self.tensors[0]
+
+
+CHAIN_FIELDS = 17
+
+
+def chain_units(program: list[int]) -> Iterator[ChainUnit]:
+    """The units of conv_chain's program."""
+    for first in range(0, len(program), CHAIN_FIELDS):
+        u = program[first : first + CHAIN_FIELDS]
+        yield ChainUnit(u[0], u[1], u[2:9], u[9:11], u[11:13], u[13:15], u[15], bool(u[16]))
+
+
+def conv_chain(
+    input: Tensor, tensors: list[Tensor], program: list[int], eps: list[float]
+) -> Tensor:
+    results = [input]
+    for unit, unit_eps in zip(chain_units(program), eps, strict=True):
+        weight, bias, mean, var, bn_weight, bn_bias, packed = (
+            tensors[i] if i >= 0 else None for i in unit.tensors
+        )
+        assert weight is not None and mean is not None and var is not None
+        residual = results[unit.residual] if unit.residual >= 0 else None
+        result = conv_bn_relu(
+            results[unit.source], weight, bias, mean, var, bn_weight, bn_bias, unit_eps, residual,
+            unit.stride, unit.padding, unit.dilation, unit.groups, unit.relu, packed,
+        )  # fmt: skip
+        results.append(result)
+    return results[-1]
 
 
 def conv_stats(

@@ -1,0 +1,79 @@
+// Several conv_bn_relu in one call, without the way through the dispatcher and back for each.
+#include <algorithm>
+
+#include "ops.h"
+#include "tensor_checks.h"
+
+namespace fastres::cpu {
+namespace {
+
+// A unit's part of the program, field by field as in fastres/ops/conv_chain.py. Results are
+// numbered from 1; 0 is the input. Tensors are numbered from 0; -1 is none.
+struct Unit {
+  int64_t source, residual;
+  int64_t weight, bias, running_mean, running_var, bn_weight, bn_bias, packed;
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t groups, relu;
+};
+
+constexpr int64_t kFields = sizeof(Unit) / sizeof(int64_t);
+
+}  // namespace
+
+Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
+                  const std::vector<int64_t>& program, const std::vector<double>& eps) {
+  const char* op = "conv_chain";
+  const int64_t size = static_cast<int64_t>(program.size()), units = size / kFields;
+  if (units == 0 || size % kFields != 0) {
+    fail(op, "program must have ", kFields, " integers for each of one or more units, got ", size);
+  }
+  if (static_cast<int64_t>(eps.size()) != units) {
+    fail(op, "eps must have one number for each of ", units, " units, got ", eps.size());
+  }
+  const auto* unit = reinterpret_cast<const Unit*>(program.data());
+  // The unit after which a result is of no use any more.
+  std::vector<int64_t> last_use(units + 1, 0);
+  for (int64_t i = 0; i < units; ++i) {
+    const Unit& u = unit[i];
+    const auto check_result = [&](const char* name, int64_t index, int64_t least) {
+      if (index < least || index > i) {
+        fail(op, name, " of unit ", i, " must be in [", least, ", ", i, "], got ", index);
+      }
+      if (index >= 0) last_use[index] = i;
+    };
+    check_result("source", u.source, 0);
+    check_result("residual", u.residual, -1);
+    const auto check_tensor = [&](const char* name, int64_t index, int64_t least) {
+      const int64_t count = static_cast<int64_t>(tensors.size());
+      if (index < least || index >= count) {
+        fail(op, name, " of unit ", i, " must be in [", least, ", ", count, "), got ", index);
+      }
+    };
+    check_tensor("weight", u.weight, 0);
+    check_tensor("bias", u.bias, -1);
+    check_tensor("running_mean", u.running_mean, 0);
+    check_tensor("running_var", u.running_var, 0);
+    check_tensor("bn_weight", u.bn_weight, -1);
+    check_tensor("bn_bias", u.bn_bias, -1);
+    check_tensor("packed", u.packed, -1);
+  }
+
+  std::vector<OptionalTensor> results(units + 1);
+  results[0] = input;
+  for (int64_t i = 0; i < units; ++i) {
+    const Unit& u = unit[i];
+    const auto given = [](const auto& list, int64_t index) {
+      return index < 0 ? OptionalTensor() : OptionalTensor(list[index]);
+    };
+    results[i + 1] = conv_bn_relu(
+        *results[u.source], tensors[u.weight], given(tensors, u.bias), tensors[u.running_mean],
+        tensors[u.running_var], given(tensors, u.bn_weight), given(tensors, u.bn_bias), eps[i],
+        given(results, u.residual), {u.stride_h, u.stride_w}, {u.padding_h, u.padding_w},
+        {u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(tensors, u.packed));
+    if (last_use[u.source] == i) results[u.source].reset();
+    if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
+  }
+  return *results[units];
+}
+
+}  // namespace fastres::cpu

@@ -1,0 +1,107 @@
+"""Units that wait: recorded one after the other, then computed in one call of an op.
+
+A model in eval mode whose units are all fused ones gives its blocks a ``Deferred`` in the place of
+a tensor. The same functions that would compute a unit then record it, and what comes out at the
+end is computed by ``ops.conv_chain``. Which models can is for the model to say (``chains``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .packed import PackedWeights
+
+
+class Deferred:
+    """A unit's result ``(N, C, H, W)`` that is not computed yet; the channels are the unit's."""
+
+    def __init__(self, chain: Chain, index: int, size: tuple[int, int, int]) -> None:
+        self.chain = chain
+        self.index = index
+        self.size = size  # (N, H, W)
+
+    def conv_bn(
+        self,
+        conv: Any,
+        bn: Any,
+        packed_weights: PackedWeights,
+        *,
+        relu: bool,
+        residual: Deferred | None = None,
+    ) -> Deferred:
+        """``[relu](bn(conv(self)) [+ residual])`` with the running statistics, later."""
+        weight = conv._parameters["weight"]
+        parameters, buffers = bn._parameters, bn._buffers
+        chain = self.chain
+        chain.program += (self.index, -1 if residual is None else residual.index)
+        for tensor in (
+            weight,
+            conv._parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            parameters["weight"],
+            parameters["bias"],
+            packed_weights.get(conv, weight, self.size),
+        ):
+            chain.add(tensor)
+        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+        chain.program += (*stride, *padding, *dilation, conv.groups, relu)
+        chain.eps.append(bn.eps)
+        n, *size = self.size
+        height, width = (
+            (size[i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
+            + 1
+            for i in range(2)
+        )
+        return Deferred(chain, len(chain.eps), (n, height, width))
+
+    def compute(self) -> Tensor:
+        """The result; it must be that of the last unit."""
+        chain = self.chain
+        return ops.conv_chain(chain.input, chain.tensors, chain.program, chain.eps)
+
+
+class Chain:
+    """What ``ops.conv_chain`` is given, while it is recorded."""
+
+    def __init__(self, input: Tensor) -> None:
+        self.input = input
+        self.tensors: list[Tensor] = []
+        self.program: list[int] = []
+        self.eps: list[float] = []
+
+    def start(self) -> Deferred:
+        """The input, from which the first unit is taken."""
+        n, _, height, width = self.input.shape
+        return Deferred(self, 0, (n, height, width))
+
+    def add(self, tensor: Tensor | None) -> None:
+        """The next of a unit's tensors, or none."""
+        if tensor is None:
+            self.program.append(-1)
+        else:
+            self.program.append(len(self.tensors))
+            self.tensors.append(tensor)
+
+
+def chains(x: Any) -> bool:
+    """Whether units of x may wait: plain float32 without gradients, and nobody who looks on.
+
+    A compiler, a tracer, or a mode of torch's that sees every op is to see every unit.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

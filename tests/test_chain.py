@@ -1,0 +1,281 @@
+"""conv_chain, and the models that compute their blocks by it: the bits of one unit at a time."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastres
+from fastres import ops
+from fastres.models.resnet import FusedBasicBlock
+from fastres.ops import reference
+
+EPS = [1e-5, 1e-3, 1e-5]
+# A projection (no ReLU, no bias, no packed weights), a 3x3 of stride 2, a 1x1 with the residual.
+PROGRAM = [
+    *(0, -1, 0, -1, 1, 2, 3, 4, -1, 2, 2, 0, 0, 1, 1, 1, 0),
+    *(0, -1, 5, 6, 7, 8, -1, -1, 9, 2, 2, 1, 1, 1, 1, 1, 1),
+    *(2, 1, 10, -1, 1, 2, 3, 4, -1, 1, 1, 0, 0, 1, 1, 1, 1),
+]
+
+
+def three_units(dtype: torch.dtype = torch.float32, channels: int = 24):
+    """The arguments of conv_chain for a block that ends in its shortcut."""
+    random = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    def vector(least: float) -> torch.Tensor:
+        values = torch.rand(channels, generator=random, dtype=torch.float64)
+        return (values + least).to(reference.parameter_dtype(torch.empty(0, dtype=dtype)))
+
+    x = tensor(2, 16, 9, 9).to(dtype)
+    weights = [tensor(channels, ci, k, k).to(dtype) / (ci * k * k) ** 0.5
+               for ci, k in ((16, 1), (16, 3), (channels, 1))]  # fmt: skip
+    packed = ops.pack_conv_weight(weights[1], [2, 2], [1, 1], [1, 1], 1, [2, 9, 9])
+    mean, var, gamma, beta = vector(-0.5), vector(0.5), vector(0.5), vector(-0.5)
+    tensors = [
+        *(weights[0], mean, var, gamma, beta),
+        *(weights[1], vector(0), vector(-0.5), vector(0.5), packed),
+        weights[2],
+    ]
+    return x, tensors, PROGRAM, EPS
+
+
+def one_by_one(x, tensors, program, eps):
+    projection, middle, last = tensors[0], tensors[5], tensors[10]
+    mean, var, gamma, beta = tensors[1:5]
+    shortcut = ops.conv_bn_relu(
+        x, projection, None, mean, var, gamma, beta, eps[0], None,
+        [2, 2], [0, 0], [1, 1], 1, False, None,
+    )  # fmt: skip
+    y = ops.conv_bn_relu(
+        x, middle, tensors[6], tensors[7], tensors[8], None, None, eps[1], None,
+        [2, 2], [1, 1], [1, 1], 1, True, tensors[9],
+    )  # fmt: skip
+    return ops.conv_bn_relu(
+        y, last, None, mean, var, gamma, beta, eps[2], shortcut,
+        [1, 1], [0, 0], [1, 1], 1, True, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_chain_has_the_bits_of_its_units(dtype):
+    arguments = three_units(dtype)
+    assert torch.equal(ops.conv_chain(*arguments), one_by_one(*arguments))
+
+
+def test_the_reference_says_the_same():
+    arguments = three_units(torch.float64)
+    torch.testing.assert_close(reference.conv_chain(*arguments), ops.conv_chain(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype):
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fastres.conv_chain.default, three_units(dtype), test_utils=checks
+    )
+
+
+def changed(**fields: int) -> list[int]:
+    """PROGRAM with other fields in its last unit."""
+    names = ["source", "residual", "weight", "bias", "running_mean", "running_var"]
+    program = list(PROGRAM)
+    for name, value in fields.items():
+        program[34 + names.index(name)] = value
+    return program
+
+
+@pytest.mark.parametrize(
+    ("program", "eps", "message"),
+    [
+        ([], [], r"program must have 17 integers for each of one or more units, got 0"),
+        (PROGRAM[:-1], EPS, r"program must have 17 integers .* got 50"),
+        (PROGRAM, EPS[:2], r"eps must have one number for each of 3 units, got 2"),
+        (changed(source=3), EPS, r"source of unit 2 must be in \[0, 2\], got 3"),
+        (changed(source=-1), EPS, r"source of unit 2 must be in \[0, 2\], got -1"),
+        (changed(residual=3), EPS, r"residual of unit 2 must be in \[-1, 2\], got 3"),
+        (changed(weight=11), EPS, r"weight of unit 2 must be in \[0, 11\), got 11"),
+        (changed(bias=-2), EPS, r"bias of unit 2 must be in \[-1, 11\), got -2"),
+        (changed(running_var=-1), EPS, r"running_var of unit 2 must be in \[0, 11\), got -1"),
+        (changed(running_mean=0), EPS, r"running_mean must be"),
+        (changed(residual=0), EPS, r"residual must be of shape"),
+    ],
+)
+def test_a_program_that_does_not_fit(program, eps, message):
+    x, tensors, _, _ = three_units()
+    with pytest.raises(RuntimeError, match=rf"fastres::conv_(chain|bn_relu): .*{message}"):
+        ops.conv_chain(x, tensors, program, eps)
+
+
+def test_a_chain_has_no_gradient():
+    x, tensors, program, eps = three_units()
+    with pytest.raises(RuntimeError, match="fastres::conv_chain has no derivative"):
+        ops.conv_chain(x.requires_grad_(), tensors, program, eps).sum().backward()
+
+
+def fused(name: str = "resnet18", **arguments):
+    torch.manual_seed(0)
+    model = getattr(fastres, name)(fused=True, num_classes=10, **arguments).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+    return model
+
+
+def chained_units(model, x) -> tuple[int, torch.Tensor]:
+    """How many units a forward without gradients gives to conv_chain, and its result."""
+    with mock.patch.object(ops, "conv_chain", wraps=ops.conv_chain) as chain, torch.no_grad():
+        y = model(x)
+    return sum(len(call.args[3]) for call in chain.call_args_list), y
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "units"),
+    [
+        ("resnet18", {"stem": "cifar"}, 19),
+        ("resnet34", {}, 35),
+        ("resnet50", {"stem": "cifar"}, 52),
+        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}, 52),
+        ("resnet50", {"groups": 4, "width_per_group": 8}, 52),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_model_has_the_bits_that_it_has_with_gradients(name, arguments, units, batch):
+    model, x = fused(name, **arguments), torch.randn(batch, 3, 40, 33)
+    count, y = chained_units(model, x)
+    assert count == units
+    assert torch.equal(y, model(x))
+    with torch.inference_mode():
+        assert torch.equal(y, model(x))
+
+
+class Doubled(FusedBasicBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_hook(of):
+    def attach(model):
+        of(model).register_forward_hook(lambda module, inputs, output: output + 1)
+
+    return attach
+
+
+def with_other_block(model):
+    block = Doubled(64, 64)
+    block.load_state_dict(model.layer1[1].state_dict())
+    model.layer1[1] = block.eval()
+
+
+def with_patched_forward(model):
+    block = model.layer2[1]
+    forward = block.forward
+    block.forward = lambda x: forward(x) + 1
+
+
+def with_batch_statistics(model):
+    model.layer3[0].bn2.train()
+    model.layer3[0].bn2.momentum = 0.0
+
+
+def with_parametrization(model):
+    parametrizations.weight_norm(model.layer4[0].conv2)
+
+
+def with_zero_pad(model):
+    model.layer2[0].downsample = fastres.resnet18(shortcut="zero_pad").layer2[0].downsample
+
+
+ATTACHMENTS = {
+    "hook on a block": with_hook(lambda model: model.layer1[0]),
+    "hook on a stage": with_hook(lambda model: model.layer2),
+    "hook on a convolution": with_hook(lambda model: model.layer3[1].conv2),
+    "hook on a BatchNorm": with_hook(lambda model: model.layer3[1].bn1),
+    "hook on a ReLU": with_hook(lambda model: model.layer3[1].relu),
+    "hook on a projection": with_hook(lambda model: model.layer3[0].downsample),
+    "another block": with_other_block,
+    "patched forward": with_patched_forward,
+    "batch statistics": with_batch_statistics,
+    "parametrization": with_parametrization,
+    "another shortcut": with_zero_pad,
+}
+
+
+@pytest.mark.parametrize("attach", ATTACHMENTS.values(), ids=ATTACHMENTS)
+def test_what_is_attached_is_seen(attach):
+    model, x = fused(), torch.randn(2, 3, 40, 40)
+    before = model(x)
+    attach(model)
+    count, y = chained_units(model, x)
+    assert count == 0
+    assert torch.equal(y, model(x))
+    assert not torch.allclose(y, before, rtol=1e-4, atol=1e-4) or attach is with_parametrization
+
+
+def test_a_global_hook_is_called():
+    model, x, seen = fused(stem="cifar"), torch.randn(1, 3, 16, 16), []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(type(module))
+    )
+    try:
+        count, _ = chained_units(model, x)
+    finally:
+        hook.remove()
+    assert count == 0
+    assert seen.count(nn.Conv2d) == 20
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_at_every_op_sees_every_unit():
+    model, x = fused(stem="cifar"), torch.randn(1, 3, 16, 16)
+    with torch.no_grad(), Names() as seen:
+        model(x)
+    assert seen.names.count("fastres::conv_bn_relu") == 20
+
+
+def test_other_precisions_are_left_to_the_units():
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chained_units(fused(stem="cifar"), x)[0] == 0
+    assert chained_units(fused(stem="cifar").double(), x.double())[0] == 0
+    assert chained_units(fused(stem="cifar").bfloat16(), x.bfloat16())[0] == 0
+
+
+def test_nothing_is_stale():
+    model, x = fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    _, before = chained_units(model, x)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(-1)
+        model.layer2[0].bn2.running_mean.add_(1)
+        model.layer3[0].downsample[0].weight.mul_(2)
+    count, after = chained_units(model, x)
+    assert count == 19
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, copy.deepcopy(model)(x))
+
+
+def test_parameters_of_functional_call():
+    model, other, x = fused(stem="cifar"), fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+        tensors = dict(other.named_parameters()) | dict(other.named_buffers())
+        y = torch.func.functional_call(model, tensors, (x,))
+        assert torch.equal(y, other(x))
