@@ -144,20 +144,36 @@ FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0,
   }
 }
 
-// The residual's lines at some pixels, asked for while the pixels before are multiplied: they come
-// from memory, in an order that the hardware's prefetcher does not see through.
-struct AmxAhead {
+// What a processor does while its matrix unit multiplies: the epilogue of the tiles before, a few
+// pixels a step, and asking for the next tiles' residual, which comes from memory in an order that
+// the hardware's prefetcher does not see through.
+struct AmxMeanwhile {
+  // Pixels [pixel, pixels) of the tiles before are still to be written.
+  void (*write)(AmxMeanwhile& of, int end);
+  const AmxConvArgs* all;
+  const float* tile;
+  const int64_t* offsets;
+  int64_t channel;
+  int channels, pixel, pixels, pixels_of_step;
+  double* sums;
+  Floats bad;  // zero, or NaN once a sum was not finite
+
   const char* residual;  // null: none
   int64_t bytes;         // of a number
-  const int64_t *offset, *end;
-  int64_t pixels;  // of a step
+  const int64_t *ahead, *ahead_end;
+  int64_t ahead_of_step;
 
   FASTRES_INLINE void step() {
-    for (int64_t i = 0; i < pixels && offset != end; ++i, ++offset) {
-      const char* line = residual + *offset * bytes;
+    if (pixel < pixels) write(*this, min(pixel + pixels_of_step, pixels));
+    for (int64_t i = 0; i < ahead_of_step && ahead != ahead_end; ++i, ++ahead) {
+      const char* line = residual + *ahead * bytes;
       __builtin_prefetch(line, 0, 2);
       if (kConvColumns * bytes > 64) __builtin_prefetch(line + 64, 0, 2);
     }
+  }
+
+  FASTRES_INLINE void finish() {
+    if (pixel < pixels) write(*this, pixels);
   }
 };
 
@@ -166,7 +182,7 @@ struct AmxAhead {
 template <int R, int C, bool kSplit>
 __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          const int64_t* starts, const float* weight, float* parts,
-                                         float* out, int64_t row, AmxAhead ahead) {
+                                         float* out, int64_t row, AmxMeanwhile& meanwhile) {
   constexpr int64_t line = kAmxDepth / 2;
   constexpr int kStride = 64;      // bytes of a tile's row
   constexpr int64_t kAhead = 256;  // floats of weights, asked for before they are split
@@ -225,7 +241,7 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
           if (R > 1) _tile_dpbf16ps(2, 5, 6);
           if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
         };
-        ahead.step();
+        meanwhile.step();
         // The smallest products first; one operand changes from one to the next.
         pixels(2), channels(0), multiply(), split(0);
         pixels(1), multiply(), split(1);
@@ -353,6 +369,25 @@ FASTRES_INLINE Floats amx_write(const AmxConvArgs& all, const float* tile, int r
   return bad;
 }
 
+// AmxMeanwhile::write: up to pixel `end`, in runs of those that are not padding.
+template <typename T>
+void amx_write_pixels(AmxMeanwhile& of, int end) {
+  const int64_t co = of.all->conv.co;
+  const int64_t plane = (co + kConvPanel - 1) / kConvPanel * kConvPanel;
+  for (int m = of.pixel; m < end;) {
+    if (of.offsets[m] < 0) {
+      ++m;
+      continue;
+    }
+    int last = m + 1;
+    while (last < end && of.offsets[last] >= 0) ++last;
+    of.bad += amx_write<T>(*of.all, of.tile + m * kConvColumns, last - m, of.offsets + m,
+                           of.channel, of.channels, of.sums, plane);
+    m = last;
+  }
+  of.pixel = end;
+}
+
 template <typename T>
 bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScratch& scratch,
                     double* sums) {
@@ -375,13 +410,24 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
                           window.plane(),
                           taps * args.ci * kConvPanel,
                           amx_panel_floats(taps, args.ci)};
-  const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
   static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
   static constexpr AmxConfig config{};
   _tile_loadconfig(&config);
-  alignas(64) float out[2 * kAmxRows * kConvColumns];
-  Floats bad = {};
+  // The tiles that are multiplied, and those before.
+  alignas(64) float out[2][2 * kAmxRows * kConvColumns];
+  int current = 0;
+  constexpr int fewest_pixels = 8;  // of a step: their statistics are added up at a time
+  AmxMeanwhile meanwhile{};
+  meanwhile.write = amx_write_pixels<T>;
+  meanwhile.all = &all;
+  meanwhile.sums = sums;
+  meanwhile.bytes = sizeof(T);
+  meanwhile.pixels_of_step =
+      max(fewest_pixels, static_cast<int>(2 * kAmxRows / (taps * window.steps)));
+  if (args.residual != nullptr) {
+    meanwhile.ahead_of_step = 2 * kAmxRows / (taps * window.steps) + 1;
+  }
   // Where weights are few, several pairs of panels at a time: a pixel's channels are written, and
   // its residual is read, in one go.
   const int64_t group = amx_group_pairs(taps, args.ci) * kConvColumns;
@@ -395,37 +441,33 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
         const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
         const bool wide = channels > kAmxRows;
         const bool split = t == 0;
-        AmxAhead ahead{};
         if (args.residual != nullptr) {
-          ahead.residual = static_cast<const char*>(args.residual) + c * sizeof(T);
-          ahead.bytes = sizeof(T);
-          ahead.offset = offsets + pixels;
-          ahead.end = min(ahead.offset + 2 * kAmxRows,
-                          static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
-          ahead.pixels = 2 * kAmxRows / (taps * window.steps) + 1;
+          meanwhile.residual = static_cast<const char*>(args.residual) + c * sizeof(T);
+          meanwhile.ahead = offsets + pixels;
+          meanwhile.ahead_end =
+              min(meanwhile.ahead + 2 * kAmxRows,
+                  static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
         }
         const auto compute = both ? (wide ? amx_tiles_of<2, 2>(split) : amx_tiles_of<2, 1>(split))
                                   : (wide ? amx_tiles_of<1, 2>(split) : amx_tiles_of<1, 1>(split));
         compute(depth, scratch.window, scratch.starts + t, args.weight + c * taps * args.ci,
-                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci), out,
-                kConvColumns, ahead);
-        for (int m = 0; m < pixels;) {
-          if (offsets[m] < 0) {
-            ++m;
-            continue;
-          }
-          int last = m + 1;
-          while (last < pixels && offsets[last] >= 0) ++last;
-          bad += amx_write<T>(all, out + m * kConvColumns, last - m, offsets + m, c, channels, sums,
-                              plane);
-          m = last;
-        }
+                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci),
+                out[current], kConvColumns, meanwhile);
+        meanwhile.finish();
+        meanwhile.tile = out[current];
+        meanwhile.offsets = offsets;
+        meanwhile.channel = c;
+        meanwhile.channels = channels;
+        meanwhile.pixel = 0;
+        meanwhile.pixels = pixels;
+        current = 1 - current;
       }
     }
   }
+  meanwhile.finish();
   end_stream(args.stream);
   _tile_release();
-  return all_zero(bad);
+  return all_zero(meanwhile.bad);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -60,6 +60,7 @@ struct WinogradParts {
                             .panel_parts = panel_parts};
     static constexpr AmxConfig config{};
     _tile_loadconfig(&config);
+    AmxMeanwhile nothing{};
     for (int position = 0; position < kPositions; ++position) {
       const float* patches = scratch.patches + position * stride;
       float* products = scratch.products + position * product_stride;
@@ -73,7 +74,7 @@ struct WinogradParts {
                                     : (wide ? amx_tiles<1, 2, false> : amx_tiles<1, 1, false>);
           compute(depth, patches, starts, nullptr,
                   const_cast<float*>(kernels + c / kConvPanel * panel_parts),
-                  products + tile * kWinogradProductRow + c, kWinogradProductRow, {});
+                  products + tile * kWinogradProductRow + c, kWinogradProductRow, nothing);
         }
       }
     }
