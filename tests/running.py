@@ -9,6 +9,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from fastres import _C
+
 
 def in_threads(count: int, work: Callable[[int], bool]) -> list[int]:
     """Runs ``work(i)`` for every i < count at once; returns those i for which it was False."""
@@ -32,3 +36,23 @@ def run_python(script: str, **variables: str) -> subprocess.CompletedProcess[str
         check=False,
         timeout=300,
     )
+
+
+def on_other_instruction_sets(test: Callable[[str], None]) -> Callable[[str], None]:
+    """Marks a test that is called with each instruction set but the one in use."""
+    others = sorted(set(_C.available_cpu_capabilities()) - {_C.cpu_capability()})
+    given = "FASTRES_CPU_CAPABILITY" in os.environ
+    skip = pytest.mark.skipif(given, reason="runs on the instruction set that it names")
+    return skip(pytest.mark.parametrize("isa", others)(test))
+
+
+def run_tests(file: str, select: str, isa: str) -> None:
+    """Runs the tests of ``file`` that ``-k select`` takes in a process of this instruction set."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, file],
+        env=os.environ | {"FASTRES_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +13,14 @@ from torch import Tensor
 
 import fastres  # noqa: F401 (registers the ops)
 from cases import ODD_CONVS, RESNET_CONVS, Conv
-from fastres import _C
 from fastres.ops import conv_bn_relu, conv_stats, pack_conv_weight, reference
+from running import on_other_instruction_sets, run_tests
 from tolerances import assert_within_twice, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL_RESNET_CONVS = tuple(
     case.at(min(case.size, 30 if case.kernel == 7 else 14)) for case in RESNET_CONVS
 )
-# Set where this module runs once more, in a process of its own, on a lower instruction set.
-CAPABILITY = os.environ.get("FASTRES_CPU_CAPABILITY")
 
 
 @pytest.fixture(params=["winograd4", "winograd2", AMX, "packed", "aten"])
@@ -421,18 +416,8 @@ def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
         check_inference(Problem(ODD_CONVS[1], torch.float32), residual=False)
 
 
-@pytest.mark.skipif(CAPABILITY is not None, reason="this is the run on one instruction set")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    if isa not in _C.available_cpu_capabilities():
-        pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
+@on_other_instruction_sets
+def test_other_instruction_sets(isa: str) -> None:
+    """The tests above on few shapes, in a process of each other instruction set."""
     some = "uneven or (packed or winograd) and (odd or nan or large_mean or layouts or every_form)"
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-k", some, str(Path(__file__))],
-        env=os.environ | {"FASTRES_CPU_CAPABILITY": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
+    run_tests(__file__, some, isa)

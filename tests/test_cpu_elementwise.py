@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,9 +9,8 @@ import torch
 from torch import Tensor
 
 from cases import ODD_ACTIVATIONS, Activation
-from fastres import _C
 from fastres.ops import reference
-from running import run_python
+from running import on_other_instruction_sets, run_python, run_tests
 from tolerances import assert_within_twice
 
 OPS = torch.ops.fastres
@@ -332,29 +328,10 @@ def test_bad_arguments_are_named(op: str, argument: str, call: Callable[[], obje
         call()
 
 
-@pytest.mark.skipif("FASTRES_CPU_CAPABILITY" in os.environ, reason="runs on the one it names")
-@pytest.mark.parametrize(
-    "isa", sorted(set(_C.available_cpu_capabilities()) - {_C.cpu_capability()})
-)
+@on_other_instruction_sets
 def test_other_instruction_sets(isa: str) -> None:
     """The tests above on odd shapes, in a process of each other instruction set."""
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-k",
-            "not resnet and not many_rows",
-            __file__,
-        ],
-        env={**os.environ, "FASTRES_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_tests(__file__, "not resnet and not many_rows", isa)
 
 
 def test_unknown_instruction_set_is_an_error() -> None:

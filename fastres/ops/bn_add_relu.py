@@ -181,25 +181,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     y, z, mean, var, weight, residual, r_mean, r_var, r_weight = ctx.saved_tensors
-    dz, dmean, dvar, dweight, dbias, dres, dr_mean, dr_var, dr_weight, dr_bias = (
-        torch.ops.fastres.bn_add_relu_backward(
-            dy, y, z, mean, var, weight, ctx.eps,
-            residual, r_mean, r_var, r_weight, ctx.residual_eps, ctx.relu,
-        )
+    return input_gradients(
+        dy, y, z, mean, var, weight, ctx.eps, residual, r_mean, r_var, r_weight,
+        ctx.residual_eps, ctx.relu, has_bias=ctx.has_bias,
+        has_residual_bias=ctx.has_residual_bias,
     )  # fmt: skip
+
+
+def input_gradients(*call: Any, has_bias: bool, has_residual_bias: bool) -> tuple[Any, ...]:
+    """The gradients of bn_add_relu's arguments from a call of bn_add_relu_backward; None: no such.
+
+    Args:
+        call: bn_add_relu_backward's arguments.
+        has_bias, has_residual_bias: whether bn_add_relu was given these.
+    """
+    weight, residual, r_mean, r_weight = call[5], call[7], call[8], call[10]
+    dz, dmean, dvar, dweight, dbias, dres, dr_mean, dr_var, dr_weight, dr_bias = (
+        torch.ops.fastres.bn_add_relu_backward(*call)
+    )
     affine = r_mean is not None
     return (
         dz,
         dmean,
         dvar,
         dweight if weight is not None else None,
-        dbias if ctx.has_bias else None,
+        dbias if has_bias else None,
         None,
         dres if residual is not None else None,
         dr_mean if affine else None,
         dr_var if affine else None,
         dr_weight if affine and r_weight is not None else None,
-        dr_bias if affine and ctx.has_residual_bias else None,
+        dr_bias if affine and has_residual_bias else None,
         None,
         None,
     )

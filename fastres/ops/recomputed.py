@@ -15,38 +15,21 @@ import torch
 from torch import Tensor
 
 from fastres.ops._shapes import to_parameter_dtype
+from fastres.ops.bn_add_relu import input_gradients
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor | None,
-        residual_mean: Tensor | None,
-        residual_var: Tensor | None,
-        residual_weight: Tensor | None,
-        residual_bias: Tensor | None,
-        residual_eps: float,
-        relu: bool,
-    ) -> Tensor:
-        y = torch.ops.fastres.bn_add_relu(
-            z, mean, var, weight, bias, eps, residual, residual_mean, residual_var,
-            residual_weight, residual_bias, residual_eps, relu,
-        )  # fmt: skip
+    def forward(ctx: Any, *call: Any) -> Tensor:
+        z, mean, var, weight, bias, eps, residual, r_mean, r_var, r_weight, r_bias, r_eps, relu = (
+            call
+        )
+        y = torch.ops.fastres.bn_add_relu(*call)
         # A shortcut that is itself computed again is not kept either.
         ctx.shortcut = None if residual is None else source_of(residual)
         kept = residual if ctx.shortcut is None else None
-        ctx.save_for_backward(
-            z, mean, var, weight, bias, kept, residual_mean, residual_var, residual_weight,
-            residual_bias,
-        )  # fmt: skip
-        ctx.eps, ctx.residual_eps, ctx.relu = eps, residual_eps, relu
+        ctx.save_for_backward(z, mean, var, weight, bias, kept, r_mean, r_var, r_weight, r_bias)
+        ctx.eps, ctx.residual_eps, ctx.relu = eps, r_eps, relu
         ctx.in_a_row = 1 + in_a_row(residual)
         ctx.version = y._version
         ctx.recomputed = None
@@ -57,28 +40,11 @@ class _Recomputed(torch.autograd.Function):
         y, residual, saved = _recompute(ctx)
         ctx.recomputed = None
         z, mean, var, weight, bias, _, r_mean, r_var, r_weight, r_bias = saved
-        dz, dmean, dvar, dweight, dbias, dres, dr_mean, dr_var, dr_weight, dr_bias = (
-            torch.ops.fastres.bn_add_relu_backward(
-                dy, y, z, mean, var, weight, ctx.eps,
-                residual, r_mean, r_var, r_weight, ctx.residual_eps, ctx.relu,
-            )
+        return input_gradients(
+            dy, y, z, mean, var, weight, ctx.eps, residual, r_mean, r_var, r_weight,
+            ctx.residual_eps, ctx.relu, has_bias=bias is not None,
+            has_residual_bias=r_bias is not None,
         )  # fmt: skip
-        affine = r_mean is not None
-        return (
-            dz,
-            dmean,
-            dvar,
-            dweight if weight is not None else None,
-            dbias if bias is not None else None,
-            None,
-            dres if residual is not None else None,
-            dr_mean if affine else None,
-            dr_var if affine else None,
-            dr_weight if r_weight is not None else None,
-            dr_bias if r_bias is not None else None,
-            None,
-            None,
-        )
 
 
 def _recompute(node: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
