@@ -11,7 +11,7 @@ from fastres.data.augment import cutout, normalize, random_crop_flip
 from fastres.data.datasets import ImageSet
 from fastres.data.draws import EPOCH, SPLIT, generator
 from fastres.data.errors import DataError
-from fastres.data.shares import share_of
+from fastres.data.shares import SharedBatches
 
 
 def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def split(n: int, valid_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[n_valid:], order[:n_valid]
 
 
-class Batches:
+class Batches(SharedBatches[ImageSet]):
     """Batches of normalised float32 images (N, C, H, W) and their labels (N,).
 
     Without augmentation: the images in their own order. With it: shuffled, each image cropped at
@@ -65,36 +65,19 @@ class Batches:
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.part = part
-        self.batch_size = batch_size
+        super().__init__(part, batch_size, share)
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.augment = augment
         self.seed = seed
         self.padding = padding
         self.cutout = cutout
-        self.share = share
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        """The number of batches."""
-        return -(-len(self.part) // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration takes."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.iterate()
 
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from number `first` on, exactly as a full iteration would give them."""
         n = len(self.part)
         device = self.part.images.device
-        starts = range(first * self.batch_size, n, self.batch_size)
-        shares = [share_of(i, min(i + self.batch_size, n), self.share) for i in starts]
-        batches = [batch for batch in shares if batch.start < batch.stop]
+        batches = self.places(first)
         if not self.augment:
             for batch in batches:
                 images = normalize(self.part.images[batch], self.mean, self.std)

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from fastres.data.augment import cutout, normalize
 from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
 from fastres.data.errors import DataError
-from fastres.data.shares import share_of
+from fastres.data.shares import SharedBatches
 
 # Per channel, of ImageNet's training images scaled to [0, 1]: what torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -330,7 +330,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class PictureBatches:
+class PictureBatches(SharedBatches[PictureSet]):
     """Batches of normalised float32 pictures (N, 3, H, W) and their labels (N,).
 
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
@@ -374,8 +374,7 @@ class PictureBatches:
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.part = part
-        self.batch_size = batch_size
+        super().__init__(part, batch_size, share)
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.device = torch.device(device)
@@ -383,38 +382,22 @@ class PictureBatches:
         self.augment = augment
         self.seed = seed
         self.cutout = cutout
-        self.share = share
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.image_size = image_size
-        self.epoch = 0
         self.transform = (
             training_transform(image_size)
             if augment
             else evaluation_transform(image_size, resize_size)
         )
 
-    def __len__(self) -> int:
-        """The number of batches."""
-        return -(-len(self.part) // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration takes."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.iterate()
-
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from number `first` on, exactly as a full iteration would give them."""
         n = len(self.part)
         order = torch.arange(n)
         if self.augment:
             draw = generator(EPOCH, self.seed, self.epoch)
             order = torch.randperm(n, generator=draw)
             row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
-        starts = range(first * self.batch_size, n, self.batch_size)
-        shares = [share_of(i, min(i + self.batch_size, n), self.share) for i in starts]
-        batches = [batch for batch in shares if batch.start < batch.stop]
+        batches = self.places(first)
         loader = DataLoader(
             _Reader(self.part.paths, self.transform, (self.seed, self.epoch)),
             batch_sampler=[order[batch].tolist() for batch in batches],
