@@ -14,6 +14,7 @@ import compare  # noqa: E402
 import layers  # noqa: E402
 import memory  # noqa: E402
 import rivals  # noqa: E402
+import seeds  # noqa: E402
 import suites  # noqa: E402
 import table  # noqa: E402
 import workloads  # noqa: E402
@@ -156,6 +157,34 @@ def test_tables_come_from_the_json_file(monkeypatch, tmp_path, capsys):
     (tmp_path / "a.json").unlink()
     with pytest.raises(FileNotFoundError):
         table.main(["--check", str(document)])
+
+
+def test_accuracies_of_seeds_are_compared_in_pairs():
+    # Textbook values: t of 4 degrees reaches 0.975 at 2.776, of 30 at 2.042.
+    assert seeds.student_quantile(0.975, 4) == pytest.approx(2.776, abs=1e-3)
+    assert seeds.student_quantile(0.975, 30) == pytest.approx(2.042, abs=1e-3)
+    plain = torch.tensor([0.30, 0.40, 0.50, 0.35, 0.45], dtype=torch.float64)
+    noise = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0], dtype=torch.float64) / 100
+    same = seeds.compare(plain, plain + noise)
+    assert same["same"]
+    assert same["difference"] == pytest.approx(0)
+    assert same["interval_high"] == pytest.approx(2.776 * (2.5e-4 / 5) ** 0.5, rel=1e-3)
+    worse = seeds.compare(plain, plain + noise - 0.03)  # within one deviation of the seeds
+    assert not worse["same"]
+    assert worse["interval_high"] < 0
+
+
+def test_gaps_of_losses_are_relative_and_the_largest_of_all_seeds():
+    plain = [2.0] * 60
+    runs = [
+        {"gaps": seeds.gaps({seeds.PLAIN: plain, seeds.FUSED: fused, seeds.OTHER_LAYOUT: plain})}
+        for fused in ([2.0] + [2.2] * 59, [2.0] * 30 + [1.0] * 30)
+    ]
+    lines = {tuple(line["steps"]): line for line in seeds.largest_gaps(runs)}
+    assert lines[1, 1][seeds.FUSED] == 0
+    assert lines[2, 10][seeds.FUSED] == pytest.approx(0.1)
+    assert lines[21, 50][seeds.FUSED] == pytest.approx(0.5)
+    assert all(line[seeds.OTHER_LAYOUT] == 0 for line in lines.values())
 
 
 def test_ncnn_and_mnn_run_in_races_of_batch_1_alone():
