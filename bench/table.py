@@ -86,6 +86,46 @@ def _epoch(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _seeds(record: dict[str, Any]) -> list[str]:
+    """Of seeds.py: how far the first losses part, and the accuracies in the end."""
+    lines = ["| steps | fused | plain, other layout |", "|---|---:|---:|"]
+    for line in record["largest_gaps"]:
+        first, last = line["steps"]
+        span = f"{first}" if first == last else f"{first} to {last}"
+        lines.append(f"| {span} | {line['fused']:.1e} | {line['plain, other layout']:.1e} |")
+    found = record["accuracy"]
+    verdict = "not " if found["same"] else ""
+    return [
+        *lines,
+        "",
+        f"Test accuracy of {len(record['runs'])} seeds, mean and standard deviation: plain "
+        f"{found['plain_mean']:.1%} ± {found['plain_deviation']:.1%}, fused "
+        f"{found['fused_mean']:.1%} ± {found['fused_deviation']:.1%}; the mean difference, "
+        f"{100 * found['difference']:+.1f} points, is {verdict}different from zero: its "
+        f"{record['confidence']:.0%} interval (paired t) is {100 * found['interval_low']:+.1f} to "
+        f"{100 * found['interval_high']:+.1f}.",
+        _circumstances(record, record["case"]),
+    ]
+
+
+def _run(record: dict[str, Any]) -> list[str]:
+    """Of keep_run.py: what a run of `fastres train` came to."""
+    result = record["result"]
+    note = f"; {record['note']}" if record["note"] else ""
+    return [
+        "| run | epochs | images/s in training | training time | validation | test accuracy |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| {record['case']} | {result['epochs']} | {record['images_per_second']:.0f} "
+        f"| {result['seconds'] / 60:.0f} min | {result['valid_accuracy']:.2%} "
+        f"| **{result['test_accuracy']:.2%}** |",
+        "",
+        _circumstances(record, f"medians of {result['epochs']} epochs{note}"),
+    ]
+
+
+SPECIAL = {"epoch": _epoch, "seeds": _seeds, "run": _run}
+
+
 def _roofline(records: list[dict[str, Any]], case: str) -> list[str]:
     """Of every case, or of `case`, fastres's time by kind of layer."""
     chosen = [r for r in records if "layers" in r and case in ("", r["case"])]
@@ -118,8 +158,8 @@ def markdown(records: list[dict[str, Any]], suite: str) -> str:
     chosen = [record for record in records if record["suite"] == suite]
     if not chosen:
         raise ValueError(f"no record of suite {suite!r}")
-    if suite == "epoch":
-        return "\n".join(_epoch(chosen[0])) + "\n"
+    if suite in SPECIAL:
+        return "\n".join(SPECIAL[suite](chosen[0])) + "\n"
     lines = [
         f"| case | fastres | {chosen[0]['yardstick']} | best rival "
         f"| {chosen[0]['yardstick']} / fastres | best rival / fastres |",

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastres import train
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compare  # noqa: E402
+import keep_run  # noqa: E402
 import layers  # noqa: E402
 import memory  # noqa: E402
 import rivals  # noqa: E402
@@ -28,6 +31,7 @@ from harness import (  # noqa: E402
 )
 
 from cases import Conv  # noqa: E402
+from tiny_runs import fit, metrics, use_tiny  # noqa: E402
 
 EXACT = torch.arange(1.0, 9.0, dtype=torch.float64)
 
@@ -172,6 +176,15 @@ def test_accuracies_of_seeds_are_compared_in_pairs():
     worse = seeds.compare(plain, plain + noise - 0.03)  # within one deviation of the seeds
     assert not worse["same"]
     assert worse["interval_high"] < 0
+    runs = [
+        {"accuracy": {seeds.PLAIN: a.item(), seeds.FUSED: b.item()}, "gaps": seeds.gaps(losses)}
+        for a, b in zip(plain, plain + noise - 0.03, strict=True)
+        for losses in [{form: [2.0, 1.5] for form in seeds.FORMS}]
+    ]
+    text = table.markdown([seeds.record(train.TrainConfig(), runs)], "seeds")
+    assert "| 2 to 10 | 0.0e+00 | 0.0e+00 |" in text
+    assert "plain 40.0% ± 7.9%, fused 37.0%" in text
+    assert "the mean difference, -3.0 points, is different from zero" in text
 
 
 def test_gaps_of_losses_are_relative_and_the_largest_of_all_seeds():
@@ -185,6 +198,30 @@ def test_gaps_of_losses_are_relative_and_the_largest_of_all_seeds():
     assert lines[2, 10][seeds.FUSED] == pytest.approx(0.1)
     assert lines[21, 50][seeds.FUSED] == pytest.approx(0.5)
     assert all(line[seeds.OTHER_LAYOUT] == 0 for line in lines.values())
+
+
+def test_a_run_is_kept_with_its_circumstances_and_becomes_a_table(monkeypatch, tmp_path, capsys):
+    use_tiny(monkeypatch)
+    result = fit(tmp_path / "run", epochs=2)
+    kept = tmp_path / "kept"
+    words = [str(tmp_path / "run"), "--into", str(kept), "--commit", "a" * 40]
+    keep_run.main([*words, "--note", "beside other work"])
+    names = "config.json confusion.png curves.png metrics.csv record.json"
+    assert sorted(path.name for path in kept.iterdir()) == names.split()
+    assert str(tmp_path) not in "".join(p.read_text() for p in kept.glob("*.json"))
+    assert json.loads((kept / "config.json").read_text())["recipe"] == "standard"
+    (record,) = json.loads((kept / "record.json").read_text())
+    assert record["result"]["test_accuracy"] == result.test_accuracy
+    assert record["commit"] == "a" * 40
+    assert {"torch", "fastres"} <= record["versions"].keys()
+    text = table.markdown([record], "run")
+    assert f"| **{result.test_accuracy:.2%}** |" in text
+    speeds = sorted(line["images_per_second"] for line in metrics(tmp_path / "run"))
+    assert f"| standard, resnet18, sample, amp none | 2 | {speeds[1]:.0f} |" in text
+    assert "beside other work" in text and "commit aaaaaaaa" in text
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(SystemExit, match="not finished"):
+        keep_run.main(words)
 
 
 def test_ncnn_and_mnn_run_in_races_of_batch_1_alone():
