@@ -453,13 +453,13 @@ def inference_reference(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str
         return {"output": copy.deepcopy(module).double()(*(x.double() for x in inputs))}
 
 
-def cpu_training(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Builder]:
-    """Rivals of a training step on the CPU."""
+def cpu_training(
+    model: nn.Module, images: Tensor, labels: Tensor, amp: torch.dtype | None = None
+) -> dict[str, Builder]:
+    """Rivals of a training step on the CPU (under autocast to `amp`)."""
     return {
-        EAGER: lambda: training_step(copy.deepcopy(model), images, labels),
-        "torch.compile": lambda: training_step(
-            copy.deepcopy(model), images, labels, compile_options={}
-        ),
+        EAGER: lambda: training_step(copy.deepcopy(model), images, labels, amp),
+        "torch.compile": lambda: training_step(copy.deepcopy(model), images, labels, amp, {}),
     }
 
 

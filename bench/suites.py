@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import memory
@@ -13,6 +15,7 @@ import torch
 import workloads
 from conditioning import well_conditioned
 from harness import EAGER, Race, Runner
+from PIL import Image
 from rivals import Builder, load
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,11 +77,11 @@ def _eager_16_bit(ours: Callable[[], nn.Module], images: Tensor) -> Runner:
 
 
 def training_race(suite: str, case: ModelCase, device: str = "cpu") -> Race:
-    """A whole training step, float32 on the CPU, bfloat16 autocast on CUDA."""
+    """A whole training step, float32 on the CPU, bfloat16 autocast on CUDA and where asked for."""
     # One ReLU that rounding switches would outweigh all else in the gradients.
     model = well_conditioned(workloads.torchvision_model(case)).train().to(device)
     images, labels = workloads.batch(case, device)
-    amp = AMP if device == "cuda" else None
+    amp = AMP if device == "cuda" or case.bf16 else None
 
     def step() -> Runner:
         return rivals.training_step(workloads.fastres_model(case, model), images, labels, amp)
@@ -88,7 +91,7 @@ def training_race(suite: str, case: ModelCase, device: str = "cpu") -> Race:
         entrants["fastres, CUDA graph"] = lambda: rivals.graphed(step)
         entrants |= rivals.gpu_training(model, images, labels, AMP)
     else:
-        entrants |= rivals.cpu_training(model, images, labels)
+        entrants |= rivals.cpu_training(model, images, labels, amp)
     # In float64 the largest batches would not fit a GPU.
     exact = torch.float32 if device == "cuda" else torch.float64
     return Race(
@@ -134,6 +137,7 @@ def _training(suite: str, cases: Sequence[ModelCase], device: str) -> Iterator:
 def cpu_train(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     quick = [QUICK]
     full = [cifar("resnet18", 128), ModelCase("resnet50", 224, 8)]
+    full += [cifar("resnet18", 128, bf16=True)]
     return _training("cpu-train", quick if options.quick else full, "cpu")
 
 
@@ -558,25 +562,28 @@ def ops(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
 LOADER = "DataLoader, 2 workers"
 
 
+def _epoch(n: int, loader: Callable[[bool], Any]) -> Runner:
+    """Takes the `n` images of `loader(True)`; answers with the first batch of `loader(False)`."""
+    augmented = loader(True)
+
+    def run() -> None:
+        seen = 0
+        for images, _ in augmented:
+            seen += len(images)
+        if seen != n:
+            raise RuntimeError(f"{seen} images instead of {n}")
+
+    def answer() -> dict[str, Tensor]:
+        images, numbers = next(iter(loader(False)))
+        return {"images": images, "labels": numbers}
+
+    return Runner(run, answer)
+
+
 def data_race(n: int, batch_size: int) -> Race:
-    """One epoch of augmented batches; verified by the first batch without augmentation."""
+    """An epoch of augmented batches in memory; verified by the first without augmentation."""
     pictures, labels = workloads.images_uint8(n)
-
-    def runner(loader: Callable[[bool], Any]) -> Runner:
-        augmented = loader(True)
-
-        def run() -> None:
-            seen = 0
-            for images, _ in augmented:
-                seen += len(images)
-            if seen != n:
-                raise RuntimeError(f"{seen} images instead of {n}")
-
-        def answer() -> dict[str, Tensor]:
-            images, numbers = next(iter(loader(False)))
-            return {"images": images, "labels": numbers}
-
-        return Runner(run, answer)
+    runner = partial(_epoch, n)
 
     def torchvision(workers: int, v2: bool) -> Builder:
         return lambda: runner(
@@ -605,9 +612,52 @@ def data_race(n: int, batch_size: int) -> Race:
     return Race("data", name, entrants, exact, 1e-6, images=n, yardstick=LOADER)
 
 
+def folder_race(n: int, batch_size: int) -> Race:
+    """An epoch of augmented batches of JPEG files; verified as in `data_race`."""
+    held = tempfile.TemporaryDirectory()  # goes with the builders, which hold it
+    folder = Path(held.name)
+    workloads.write_jpegs(folder, n)
+    runner = partial(_epoch, n)
+
+    def torchvision(workers: int, v2: bool) -> Builder:
+        return lambda: runner(
+            lambda augment: workloads.image_folder_loader(
+                Path(held.name), batch_size, augment, workers if augment else 0, v2
+            )
+        )
+
+    def exact() -> dict[str, Tensor]:
+        from torchvision.transforms import v2
+
+        whole = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
+        paths = sorted(folder.glob("*/*.jpg"))[:batch_size]
+        pixels = torch.stack([whole(Image.open(path)) for path in paths]).double() / 255
+        mean, std = (
+            torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1)
+            for v in (workloads.IMAGENET_MEAN, workloads.IMAGENET_STD)
+        )
+        numbers = torch.tensor([int(path.parent.name.removeprefix("class-")) for path in paths])
+        return {"images": (pixels - mean) / std, "labels": numbers}
+
+    entrants: dict[str, Builder] = {
+        "fastres": lambda: runner(
+            lambda augment: workloads.fastres_pictures(
+                folder, batch_size, augment, 2 if augment else 0
+            )
+        ),
+        LOADER: torchvision(2, v2=False),
+        "DataLoader, transforms.v2": torchvision(2, v2=True),
+        "DataLoader, no workers": torchvision(0, v2=False),
+    }
+    name = f"folder-{n}-jpegs-224px-batch{batch_size}"
+    return Race("data", name, entrants, exact, 1e-6, images=n, yardstick=LOADER)
+
+
 def data(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     n = 256 if options.quick else 10_000
     yield f"cifar-{n}-images-batch128", partial(data_race, n, 128)
+    n = 16 if options.quick else 512
+    yield f"folder-{n}-jpegs-224px-batch32", partial(folder_race, n, 32)
 
 
 SUITES: dict[str, Callable[[Options], Iterator[tuple[str, Callable[[], Race]]]]] = {

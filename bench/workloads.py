@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torchvision
@@ -15,13 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model of the family on a batch (n, 3, size, size); `short`: one block a stage."""
+    """A model of the family on a batch (n, 3, size, size).
+
+    `short`: one block a stage. `bf16`: under autocast to bfloat16 on the CPU too.
+    """
 
     model: str
     size: int
     n: int
     stem: str = "imagenet"
     short: bool = False
+    bf16: bool = False
 
     @property
     def classes(self) -> int:
@@ -30,11 +35,11 @@ class ModelCase:
     def __str__(self) -> str:
         stem = "cifar-" if self.stem == "cifar" else ""
         short = "-short" if self.short else ""
-        return f"{stem}{self.model}{short}-{self.size}px-n{self.n}"
+        return f"{stem}{self.model}{short}-{self.size}px-n{self.n}{'-bf16' * self.bf16}"
 
 
-def cifar(model: str, n: int) -> ModelCase:
-    return ModelCase(model, 32, n, "cifar")
+def cifar(model: str, n: int, *, bf16: bool = False) -> ModelCase:
+    return ModelCase(model, 32, n, "cifar", bf16=bf16)
 
 
 # Compiling takes most of a quick run's time, so the model has one block of each kind.
@@ -144,6 +149,64 @@ def images_uint8(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     pictures = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
     return pictures, torch.randint(10, (n,), generator=generator)
+
+
+def write_jpegs(folder: Path, n: int) -> None:
+    """`n` JPEG files of 500 x 375 pixels, as large as ImageNet's are on average, in two classes.
+
+    Smooth noise: it is compressed to about as many bytes as a photograph.
+    """
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(3)
+    for number in range(n):
+        path = folder / f"class-{number % 2}" / f"{number:04}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        coarse = torch.rand(1, 3, 94, 125, generator=generator) * 255
+        pixels = nn.functional.interpolate(coarse, (375, 500), mode="bicubic").clamp(0, 255)
+        Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy()).save(path, quality=90)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def fastres_pictures(folder: Path, batch_size: int, augment: bool, workers: int):
+    """fastres's batches of picture files at 224 pixels."""
+    data = load("fastres.data")
+    return data.PictureBatches(
+        data.picture_folder(folder).train,
+        batch_size,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        image_size=224,
+        resize_size=256,
+        augment=augment,
+        workers=workers,
+    )
+
+
+def image_folder_loader(folder: Path, batch_size: int, augment: bool, workers: int, v2: bool):
+    """torchvision's ImageFolder in a DataLoader, with the same transforms as fastres's."""
+    if v2:
+        from torchvision.transforms import v2 as t
+
+        tail: Sequence = [t.PILToTensor(), t.ToDtype(torch.float32, scale=True)]
+    else:
+        from torchvision import transforms as t
+
+        tail = [t.ToTensor()]
+    head = [t.Resize(256), t.CenterCrop(224)]
+    if augment:
+        head = [t.RandomResizedCrop(224), t.RandomHorizontalFlip()]
+    return torch.utils.data.DataLoader(
+        torchvision.datasets.ImageFolder(
+            folder, t.Compose([*head, *tail, t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        ),
+        batch_size,
+        shuffle=augment,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

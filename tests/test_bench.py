@@ -1,5 +1,6 @@
 """The benches' own promises: nothing wrong is timed, nothing dropped, nothing measured lost."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -222,6 +223,15 @@ def test_a_run_is_kept_with_its_circumstances_and_becomes_a_table(monkeypatch, t
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(SystemExit, match="not finished"):
         keep_run.main(words)
+
+
+def test_a_bf16_case_is_judged_as_bf16():
+    case = dataclasses.replace(workloads.QUICK, bf16=True)
+    judge = Judge(suites.training_race("cpu-train", case))
+    assert judge.race.case.endswith("-bf16")
+    for name in ("torch eager", "fastres"):
+        judge.admit(name)
+        assert 1e-4 < judge.errors[name] < 0.1  # not float32's error
 
 
 def test_ncnn_and_mnn_run_in_races_of_batch_1_alone():
