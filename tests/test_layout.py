@@ -21,6 +21,7 @@ ALLOWED = {
     "ops": {"_C"},
     "nn": {"backends", "ops"},
     "models": {"nn", "ops"},
+    "fuse": {"models", "nn", "ops"},
     "data": set(),
     "train": {"data", "models", "version"},
     "export": {"train", "version"},

@@ -191,8 +191,13 @@ class FusedResNet(FusedUnits, ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for block in self.layer4:
-            block.recompute = 0  # the backward wants these outputs before it has freed any memory
+        self.keep_last_stage()
+
+    def keep_last_stage(self) -> None:
+        """Keep the last stage's outputs, which the backward wants before it has freed memory."""
+        if isinstance(self.layer4, nn.Sequential):
+            for block in self.layer4:
+                block.recompute = 0
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x.contiguous(memory_format=torch.channels_last))

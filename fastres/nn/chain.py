@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .norm import affine
 from .packed import PackedWeights
 
 
@@ -35,7 +36,7 @@ class Deferred:
     ) -> Deferred:
         """``[relu](bn(conv(self)) [+ residual])`` with the running statistics, later."""
         weight = conv._parameters["weight"]
-        parameters, buffers = bn._parameters, bn._buffers
+        buffers = bn._buffers
         chain = self.chain
         chain.program += (self.index, -1 if residual is None else residual.index)
         for tensor in (
@@ -43,8 +44,7 @@ class Deferred:
             conv._parameters["bias"],
             buffers["running_mean"],
             buffers["running_var"],
-            parameters["weight"],
-            parameters["bias"],
+            *affine(bn),
             packed_weights.get(conv, weight, self.size),
         ):
             chain.add(tensor)

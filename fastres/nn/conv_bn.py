@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .chain import Deferred
+from .norm import KINDS, affine, is_frozen, uses_batch_statistics
 from .packed import PackedWeights
 from .sync import synchronised, synchronises
 
@@ -139,13 +140,15 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
         is_untouched(conv, nn.Conv2d)
-        and (is_untouched(bn, nn.BatchNorm2d) or is_untouched(bn, nn.SyncBatchNorm))
+        and any(is_untouched(bn, kind) for kind in KINDS)
         and conv.padding_mode == "zeros"
         and type(conv.padding) is tuple
         # Tools that take the parameters out of a module leave plain attributes behind.
         and "weight" in conv._parameters
-        and "weight" in bn._parameters
+        and "weight" in (bn._buffers if is_frozen(bn) else bn._parameters)
         and "running_mean" in bn._buffers
+        # What is left to type promotion when a frozen one's vectors have another type.
+        and (not is_frozen(bn) or _dtype_of(conv) == bn._buffers["weight"].dtype)
         # A bias has no effect before batch statistics, but it has a gradient (of rounding errors).
         and (conv._parameters["bias"] is None or not uses_batch_statistics(bn))
         and not _has_any_global_hook()
@@ -159,10 +162,6 @@ def as_conv_bn(module: Module | None) -> tuple[Module, Module] | None:
         return None
     children = tuple(module.children())
     return (children[0], children[1]) if len(children) == 2 else None
-
-
-def uses_batch_statistics(bn: Module) -> bool:
-    return bn.training or bn._buffers["running_mean"] is None
 
 
 def _conv_bn(
@@ -192,15 +191,14 @@ def _conv_bn(
     ):
         n, _, height, width = x.shape
         packed = packed_weights.get(conv, weight, (n, height, width))
-    bn_parameters, buffers = bn._parameters, bn._buffers
+    buffers = bn._buffers
     return ops.conv_bn_relu(
         x,
         weight,
         conv._parameters["bias"],
         buffers["running_mean"],
         buffers["running_var"],
-        bn_parameters["weight"],
-        bn_parameters["bias"],
+        *affine(bn),
         bn.eps,
         residual,
         conv.stride,
@@ -254,6 +252,12 @@ def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int
     unbiased = var * (count / (count - 1))
     for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
         running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+
+
+def _dtype_of(conv: Module) -> torch.dtype:
+    """The type of conv's result, which autocast may change."""
+    weight = conv._parameters["weight"]
+    return _autocast_dtype(weight) or weight.dtype
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

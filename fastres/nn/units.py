@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import ops
-from .conv_bn import as_conv_bn, fuses, is_untouched, uses_batch_statistics
+from .conv_bn import as_conv_bn, fuses, is_untouched
+from .norm import uses_batch_statistics
 from .packed import PackedWeights
 
 
@@ -37,10 +38,30 @@ def folded(
     )  # fmt: skip
 
 
-class FusedUnits(nn.Module):
+class PacksWeights(nn.Module):
+    """Base of a module that keeps packed weights, dropped whenever they may have changed unseen."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed = PackedWeights()
+
+    def train(self, mode: bool = True) -> PacksWeights:
+        self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PacksWeights:
+        self._packed.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class FusedUnits(PacksWeights):
     """Base of a module with the units ``conv1, bn1, conv2, ...``, a ``relu``, a ``downsample``.
 
-    Packed weights are dropped whenever they may have changed unseen. The methods ``_folded*`` are
+    The methods ``_folded*`` are
     for TorchScript, which can't pass modules to a function; it reads the properties once, as
     constants, and compiles no branch that they rule out.
 
@@ -63,29 +84,16 @@ class FusedUnits(nn.Module):
     __constants__ = ("_folds", "_projection_folds")
     __jit_unused_properties__ = ("_folds", "_projection_folds")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._packed = PackedWeights()
-
-    def train(self, mode: bool = True) -> FusedUnits:
-        self._packed.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedUnits:
-        self._packed.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+    def unit_names(self) -> list[tuple[str, str]]:
+        """The names of the module's own convolutions, each with its BatchNorm's."""
+        names = [name for name in self._modules if name.startswith("conv")]
+        return [(name, name.replace("conv", "bn")) for name in names]
 
     @property
     def _folds(self) -> bool:
         """Whether every conv1, bn1, conv2, ... of the module can be folded."""
-        names = [name for name in self._modules if name.startswith("conv")]
         return is_untouched(self.relu, nn.ReLU) and all(
-            _pair_folds(self._modules[name], self._modules[name.replace("conv", "bn")])
-            for name in names
+            _pair_folds(self._modules[conv], self._modules[bn]) for conv, bn in self.unit_names()
         )
 
     @property
@@ -96,11 +104,7 @@ class FusedUnits(nn.Module):
 
     def chains(self) -> bool:
         """Whether the module's units can wait for those after them: see ``chain.Deferred``."""
-        pairs = [
-            (self._modules[name], self._modules[name.replace("conv", "bn")])
-            for name in self._modules
-            if name.startswith("conv")
-        ]
+        pairs = [(self._modules[conv], self._modules[bn]) for conv, bn in self.unit_names()]
         if self.downsample is not None:
             pair = as_conv_bn(self.downsample)
             if pair is None:
