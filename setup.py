@@ -1,8 +1,9 @@
-"""Build fastres: the package, its Triton kernels, and one C++ extension.
+"""Build fastres: the package, its Triton kernels, and two C++ libraries.
 
-The extension uses the LibTorch Stable ABI: the binary works with every torch >= 2.10, whichever
-was there when it was built. Instruction sets are chosen at run time, so it works on every CPU of
-its architecture as well.
+libfastres.so has the ops and needs no Python, so that C++ programs can load it; fastres._C is the
+Python module in front of it. They use the LibTorch Stable ABI: the binaries work with every torch
+>= 2.10, whichever was there when they were built. Instruction sets are chosen at run time, so they
+work on every CPU of their architecture as well.
 """
 
 import importlib.metadata
@@ -20,6 +21,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# The library of the ops. Every source is its own but that of the Python module.
+LIBRARY = "fastres.libfastres"
+MODULE_SOURCE = "csrc/module.cpp"
 TORCH_REQUIREMENT = "torch>=2.10"
 # The oldest torch whose Stable ABI the binary asks for: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -77,6 +81,11 @@ def compiler() -> str:
 class NinjaBuild(build_ext):
     """Compile with ninja: in parallel, only what changed, with flags per file."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname in (LIBRARY, LIBRARY.split(".")[-1]):  # setuptools asks for both
+            return f"{fullname.replace('.', os.sep)}.so"  # no Python's version: none is needed
+        return super().get_ext_filename(fullname)
+
     def build_extension(self, ext: Extension) -> None:
         import ninja
         import pybind11
@@ -91,7 +100,7 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(self.build_temp).resolve()
+        work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
         includes = [
             f"-I{ROOT / 'csrc'}",
@@ -107,7 +116,12 @@ class NinjaBuild(build_ext):
             f'-DFASTRES_BUILT_WITH_TORCH=\\"{version}\\"',
             *os.environ.get("CXXFLAGS", "").split(),
         ]
-        link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
+        link = ["-shared", "-Wl,--exclude-libs,ALL"]
+        if ext.name == LIBRARY:
+            link += [f"-Wl,-soname,{output.name}", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        else:
+            # Ninja makes $ of $$, and the shell keeps it.
+            link += [str(output.with_name("libfastres.so")), "-Wl,-rpath,'$$ORIGIN'"]
 
         x86 = platform.machine() in ("x86_64", "AMD64")
         with (work / "build.ninja").open("w") as file:
@@ -145,6 +159,7 @@ def build_requirements() -> list[str]:
 
 version = re.search(r'__version__ = "(.+)"', (ROOT / "fastres/version.py").read_text())
 assert version is not None
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
 packages = ["fastres.kernels", "fastres"] + [
     ".".join(path.parent.relative_to(ROOT).parts)
     for path in (ROOT / "fastres").glob("*/__init__.py")
@@ -153,7 +168,15 @@ packages = ["fastres.kernels", "fastres"] + [
 onnx = ["onnx", "onnxscript", "onnxruntime"]
 # What `fastres train --tensorboard` needs.
 tensorboard = ["tensorboard"]
-test = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", *onnx, *tensorboard]
+test = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-timeout>=2.3",
+    # It builds examples/cpp.
+    "cmake>=3.18",
+    *onnx,
+    *tensorboard,
+]
 bench = [
     "pytest-benchmark>=4",
     "pytest>=8",
@@ -187,10 +210,8 @@ setup(
         "fastres.report": ["*.html"],
     },
     ext_modules=[
-        Extension(
-            "fastres._C",
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        )
+        Extension(LIBRARY, sorted(SOURCES - {MODULE_SOURCE})),
+        Extension("fastres._C", [MODULE_SOURCE]),  # links to the library
     ],
     cmdclass={"build_ext": NinjaBuild},
     setup_requires=build_requirements(),

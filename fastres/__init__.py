@@ -11,6 +11,7 @@ recipe, and `python -m fastres.env` tells which kernels are live on this machine
 
 from fastres import backends, cuda_graph, ops
 from fastres.fuse import fuse_model
+from fastres.library import library_path
 from fastres.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152, summary
 from fastres.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "cuda_graph",
     "fuse_model",
+    "library_path",
     "ops",
     "resnet18",
     "resnet34",

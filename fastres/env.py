@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastres import _C, tune
 from fastres.backends import cpu
+from fastres.library import library_path
 from fastres.ops._register import LAUNCHERS, OPS, why_no_triton
 from fastres.version import __version__
 
@@ -142,6 +143,7 @@ def main() -> None:
     machine.add_row("instruction set", _C.cpu_capability())
     machine.add_row("it could also use", ", ".join(_C.available_cpu_capabilities()))
     machine.add_row("CUDA device", device)
+    machine.add_row("library of the ops", str(library_path()))
     console.print(machine)
 
     table = Table("op", "device", "computed by", "why", title="Kernels", title_justify="left")

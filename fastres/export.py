@@ -90,7 +90,7 @@ class Exported(NamedTuple):
         if self.needs_fastres:
             text += (
                 "\nIt has fastres's operations: import fastres before you load it, or from C++ "
-                "load the library fastres._C.__file__. Without --fused it needs torch alone."
+                "load the library fastres.library_path(). Without --fused it needs torch alone."
             )
         return text
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "version": set(),
     "_C": set(),
+    "library": {"_C"},
     "backends": {"_C"},
     "ops": {"_C"},
     "nn": {"backends", "ops"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "cuda_graph": set(),
     "kernels": set(),
     "tune": {"kernels", "models", "ops", "version"},
-    "env": {"_C", "backends", "ops", "tune", "version"},
+    "env": {"_C", "backends", "library", "ops", "tune", "version"},
     "cli": {"train", "export", "report", "data", "models", "env", "tune", "version"},
 }
 

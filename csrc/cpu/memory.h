@@ -6,15 +6,17 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "visibility.h"
+
 namespace fastres::cpu {
 
 // Blocks that are given back are kept for the next taker, the oldest freed where they would be more
 // than this many bytes: 1 GiB or an eighth of the machine's memory, whichever is less, or what the
 // environment variable FASTRES_CPU_KEEP_MB says. 0 keeps nothing.
-size_t kept_memory_limit();
+FASTRES_EXPORTED size_t kept_memory_limit();
 
 // Sets it, frees what is above, and returns the limit before.
-size_t set_kept_memory_limit(size_t bytes);
+FASTRES_EXPORTED size_t set_kept_memory_limit(size_t bytes);
 
 // Working memory, uninitialised and aligned to 64 bytes, given back when it goes out of scope.
 class Scratch {

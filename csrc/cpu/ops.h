@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "visibility.h"
+
 namespace fastres::cpu {
 
 using torch::stable::Tensor;
@@ -43,11 +45,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
     const OptionalTensor& in_bias, double in_eps);
 
 // Length of pack_conv_weight's result for a float32 weight (co, ci, kh, kw).
-int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
-                                 const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding,
-                                 const std::vector<int64_t>& dilation, int64_t groups,
-                                 const std::vector<int64_t>& input_size);
+FASTRES_EXPORTED int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding,
+                                                  const std::vector<int64_t>& dilation,
+                                                  int64_t groups,
+                                                  const std::vector<int64_t>& input_size);
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
@@ -55,10 +58,12 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
 
 // Name of the algorithm of conv_bn_relu (with the weights packed for it, in float32) or, in
 // training, of conv_stats, for sizes (n, ci, ih, iw) and (co, ci / groups, kh, kw).
-std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
-                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                           const std::vector<int64_t>& dilation, int64_t groups,
-                           const std::string& dtype_name, bool training);
+FASTRES_EXPORTED std::string conv_algorithm(const std::vector<int64_t>& input,
+                                            const std::vector<int64_t>& weight,
+                                            const std::vector<int64_t>& stride,
+                                            const std::vector<int64_t>& padding,
+                                            const std::vector<int64_t>& dilation, int64_t groups,
+                                            const std::string& dtype_name, bool training);
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     const Tensor& running_mean, const Tensor& running_var,

@@ -6,12 +6,13 @@
 
 #include "conv_shape.h"
 #include "kernel_table.h"
+#include "visibility.h"
 
 namespace fastres::cpu {
 
 // Whether it may be used at all, in the whole process; true at first.
-bool winograd_allowed();
-void set_winograd_allowed(bool allowed);
+FASTRES_EXPORTED bool winograd_allowed();
+FASTRES_EXPORTED void set_winograd_allowed(bool allowed);
 
 // Whether the kernels take this shape, and are allowed.
 bool winograd_fits(const ConvShape& s);
