@@ -123,7 +123,8 @@ def capture_inference(
 
     def forward() -> Tensor:
         with torch.inference_mode(), _autocast(autocast):
-            return model(static)
+            output: Tensor = model(static)
+            return output
 
     with torch.cuda.device(images.device):
         _warm_up(forward)

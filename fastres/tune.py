@@ -95,7 +95,7 @@ class _Convolutions(TorchDispatchMode):
     """Collects the keys of the convolutions that pass through the dispatcher."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys: list[ConvKey] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -231,7 +231,8 @@ def median_seconds(run: Run) -> float:
     """Seconds of a run on the GPU: the median of many, each with a cold L2."""
     from triton.testing import do_bench
 
-    return do_bench(run, return_mode="median") / 1e3
+    milliseconds: float = do_bench(run, return_mode="median")
+    return milliseconds / 1e3
 
 
 # Tables

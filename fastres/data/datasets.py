@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -69,11 +70,12 @@ def _image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
     return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _untile(picture: np.ndarray) -> np.ndarray:
+def _untile(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The 32 x 32 tiles (N, 32, 32, 3), row by row, of a picture (H, W, 3)."""
     rows, columns = picture.shape[0] // 32, picture.shape[1] // 32
     grid = picture.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * columns, 32, 32, 3)
+    tiles: npt.NDArray[np.uint8] = grid.reshape(rows * columns, 32, 32, 3)
+    return tiles
 
 
 def sample() -> Dataset:

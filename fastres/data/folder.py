@@ -311,7 +311,8 @@ class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
             return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(PICTURE, *self.key, position))
-            return self.transform(picture).permute(1, 2, 0)
+            pixels: Tensor = self.transform(picture)
+        return pixels.permute(1, 2, 0)
 
 
 def _stack(pictures: list[Tensor | DataError]) -> Tensor | DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -95,7 +96,7 @@ def summary(
     output_sizes: dict[nn.Module, tuple[int, ...]] = {}
     own_mult_adds: dict[nn.Module, int] = {}
 
-    def record(module: nn.Module, args: tuple, output: object) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if isinstance(output, Tensor):
             output_sizes[module] = tuple(output.shape)
             # A module that is used twice computes twice.

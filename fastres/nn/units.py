@@ -51,7 +51,7 @@ class PacksWeights(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PacksWeights:
         self._packed.clear()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed.clear()

@@ -24,7 +24,8 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     Raises:
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
-    return torch.ops.fastres.add_relu(input, residual)
+    result: Tensor = torch.ops.fastres.add_relu(input, residual)
+    return result
 
 
 def _fake(input: Tensor, residual: Tensor) -> Tensor:

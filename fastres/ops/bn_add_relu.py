@@ -55,7 +55,7 @@ def bn_add_relu(
     Raises:
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
-    return torch.ops.fastres.bn_add_relu(
+    result: Tensor = torch.ops.fastres.bn_add_relu(
         z,
         mean,
         var,
@@ -70,6 +70,7 @@ def bn_add_relu(
         residual_eps,
         relu,
     )
+    return result
 
 
 def _check(

@@ -53,7 +53,10 @@ def pack_conv_weight(
     size: list[int] = []
     if input_size is not None:
         size = input_size
-    return torch.ops.fastres.pack_conv_weight(weight, stride, padding, dilation, groups, size)
+    result: Tensor = torch.ops.fastres.pack_conv_weight(
+        weight, stride, padding, dilation, groups, size
+    )
+    return result
 
 
 def packed_conv_weight_numel(
@@ -115,7 +118,7 @@ def conv_bn_relu(
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
     dtype = parameter_dtype(input)
-    return torch.ops.fastres.conv_bn_relu(
+    result: Tensor = torch.ops.fastres.conv_bn_relu(
         input,
         weight,
         to_parameter_dtype(bias, input),
@@ -132,6 +135,7 @@ def conv_bn_relu(
         relu,
         packed,
     )
+    return result
 
 
 def _fake_pack(

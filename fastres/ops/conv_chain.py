@@ -37,7 +37,8 @@ def conv_chain(
     Raises:
         RuntimeError: where the program does not fit the tensors, or a tensor its unit.
     """
-    return torch.ops.fastres.conv_chain(input, tensors, program, eps)
+    result: Tensor = torch.ops.fastres.conv_chain(input, tensors, program, eps)
+    return result
 
 
 def _fake(input: Tensor, tensors: list[Tensor], program: list[int], eps: list[float]) -> Tensor:

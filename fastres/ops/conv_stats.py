@@ -55,14 +55,14 @@ def conv_stats(
         groups: as in torch.nn.functional.conv2d.
 
     Returns:
-        z: (N, C_out, H_out, W_out), channels_last, of `input`'s dtype.
-        mean, var: (C_out,), float32 (float64 for float64), over N, H_out and W_out; `var` is the
-            biased variance. All three are differentiable.
+        z, (N, C_out, H_out, W_out), channels_last, of `input`'s dtype; mean and var, (C_out,),
+        float32 (float64 for float64), over N, H_out and W_out; var is the biased variance. All
+        three are differentiable.
 
     Raises:
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
-    return torch.ops.fastres.conv_stats(
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastres.conv_stats(
         input,
         weight,
         in_mean,
@@ -75,6 +75,7 @@ def conv_stats(
         dilation,
         groups,
     )
+    return result
 
 
 def _fake(

@@ -54,7 +54,7 @@ def max_pool2d(
     Raises:
         RuntimeError: where an argument's shape, dtype or device does not fit; it names it.
     """
-    return torch.ops.fastres.max_pool2d(
+    result: Tensor = torch.ops.fastres.max_pool2d(
         input,
         kernel_size,
         stride,
@@ -65,6 +65,7 @@ def max_pool2d(
         to_parameter_dtype(in_bias, input),
         in_eps,
     )
+    return result
 
 
 def _output_shape(

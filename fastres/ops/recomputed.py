@@ -24,7 +24,7 @@ class _Recomputed(torch.autograd.Function):
         z, mean, var, weight, bias, eps, residual, r_mean, r_var, r_weight, r_bias, r_eps, relu = (
             call
         )
-        y = torch.ops.fastres.bn_add_relu(*call)
+        y: Tensor = torch.ops.fastres.bn_add_relu(*call)
         # A shortcut that is itself computed again is not kept either.
         ctx.shortcut = None if residual is None else source_of(residual)
         kept = residual if ctx.shortcut is None else None
@@ -63,7 +63,8 @@ def _recompute(node: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, .
                 residual, r_mean, r_var, r_weight, r_bias, node.residual_eps, node.relu,
             )  # fmt: skip
         node.recomputed = y, residual, saved
-    return node.recomputed
+    result: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]] = node.recomputed
+    return result
 
 
 def output_of(source: Any) -> Tensor:
@@ -109,7 +110,7 @@ def bn_add_relu_recomputed(
 
     Worth it where `residual` is kept for the backward anyway, or is such a result itself.
     """
-    return _Recomputed.apply(
+    result: Tensor = _Recomputed.apply(
         z,
         mean,
         var,
@@ -124,3 +125,4 @@ def bn_add_relu_recomputed(
         residual_eps,
         relu,
     )
+    return result

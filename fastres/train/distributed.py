@@ -88,7 +88,8 @@ class Processes:
             dist.broadcast_object_list(message, 0, self.group)
         if message[0] is None:
             raise PeerError()
-        return message[0][0]
+        value: Value = message[0][0]
+        return value
 
     def first_before_others(self, function: Callable[[], Value]) -> Value:
         """What `function` returns here, called in the first process before it is in the others.

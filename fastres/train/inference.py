@@ -98,7 +98,8 @@ def read_image(path: Path, image_size: int, resize_size: int) -> Tensor:
         picture = read_picture(path)
     except DataError as error:
         raise ImageError(str(error)) from error
-    return evaluation_transform(image_size, resize_size)(picture)[None]
+    pixels: Tensor = evaluation_transform(image_size, resize_size)(picture)
+    return pixels[None]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

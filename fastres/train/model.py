@@ -41,4 +41,5 @@ def resolve_amp(name: AmpName, device: torch.device) -> torch.dtype | None:
 
 def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     """The model `fastres.models.<name>(**arguments)`."""
-    return getattr(models, name)(**arguments)
+    model: nn.Module = getattr(models, name)(**arguments)
+    return model

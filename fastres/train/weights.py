@@ -69,7 +69,10 @@ def load_weights(model: nn.Module, name: str, source: str, classes: Sequence[str
 def _download(published: Any) -> dict[str, Tensor]:
     bar = sys.stderr.isatty()  # a log keeps every state of a bar
     try:
-        return published.get_state_dict(progress=bar, check_hash=True, weights_only=True)
+        state: dict[str, Tensor] = published.get_state_dict(
+            progress=bar, check_hash=True, weights_only=True
+        )
+        return state
     except Exception as error:  # urllib, torch.hub and torch.load each have their own
         raise CheckpointError(
             f"torchvision's {published.name} cannot be had from {published.url}: {error}; "
