@@ -40,7 +40,7 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, const Plan& plan, int
   const int64_t images = images_of_block(s, plan), rows = ceil_div(s.oh, plan.row_blocks);
   const AmxWindow window(args, images, rows);
   const double tiles = static_cast<double>(amx_most_tiles(images, rows, s.ow));
-  const double taps = static_cast<double>(s.kh * s.kw * window.steps);
+  const double taps = static_cast<double>(window.taps * window.steps);
   const double panels =
       static_cast<double>(ceil_div(ceil_div(s.panels(), 2), plan.channel_groups) * 2);
   const double split =
@@ -64,8 +64,9 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
     }
   };
   const int64_t pairs = ceil_div(s.panels(), 2);
+  const int64_t most_images = amx_takes_rows(s.ci, s.kw) ? 1 : std::min<int64_t>(units, 512);
   for (int64_t groups = 1; groups <= std::min(threads, pairs); ++groups) {
-    for (int64_t images = 1; images <= std::min<int64_t>(units, 512); images *= 2) {
+    for (int64_t images = 1; images <= most_images; images *= 2) {
       const auto fits = [&](const Plan& plan) {
         return AmxWindow(args, images_of_block(s, plan), ceil_div(s.oh, plan.row_blocks))
                    .floats() <= kWindowFloats;
@@ -97,8 +98,9 @@ bool has_matrix_unit() { return kernels().amx_block[static_cast<int>(DType::floa
 bool amx_pays(const ConvShape& s) {
   // Weights are split for each call, which few pixels do not repay.
   constexpr int64_t fewest_channels = 16, fewest_pixels = 40;
-  return s.ci >= fewest_channels && (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 &&
-         s.dilation[0] == 1 && s.dilation[1] == 1;
+  return (s.ci >= fewest_channels || amx_takes_rows(s.ci, s.kw)) &&
+         (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 && s.dilation[0] == 1 &&
+         s.dilation[1] == 1;
 }
 
 std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType dtype,
@@ -116,6 +118,7 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   const Plan plan = make_plan(s, torch::stable::get_num_threads());
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
+  const AmxWindow window(conv, images, rows);
   const int64_t plane = s.panels() * kConvPanel;
   const int64_t tiles = amx_most_tiles(images, rows, s.ow);
   const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
@@ -124,9 +127,9 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
     std::vector<int64_t> starts, offsets;
   };
   const auto scratch = [&] {
-    return Memory{scratch_floats(AmxWindow(conv, images, rows).floats()),
-                  scratch_floats(2 * amx_group_pairs(s.kh * s.kw, s.ci) *
-                                 amx_panel_floats(s.kh * s.kw, s.ci)),
+    return Memory{scratch_floats(window.floats()),
+                  scratch_floats(2 * amx_group_pairs(window.taps, window.channels) *
+                                 amx_panel_floats(window.taps, window.channels)),
                   std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows)};
   };
   const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {

@@ -43,25 +43,58 @@ constexpr int64_t amx_group_pairs(int64_t taps, int64_t ci) {
   return pairs > 1 ? pairs : 1;
 }
 
+// Whether a row of the kernel, all its pixels with their few channels, is a step by itself: those
+// numbers follow each other in an image.
+constexpr bool amx_takes_rows(int64_t ci, int64_t kw) {
+  return ci < kAmxRows && kw * ci >= kAmxRows && kw * ci <= kAmxDepth;
+}
+
 // A block's padded input, in bfloat16 parts: [phase][step][part][line][32 channels]. A phase holds
 // the pixels whose places in the window are equal modulo the stride; its lines are [row][column]
 // [image], so that neighbouring outputs of a row read neighbouring lines, whatever the tap.
+// Where a step is a row of the kernel it is [part][row][column][channel], of one image: the lines
+// of neighbouring outputs begin at every stride-th pixel, and overlap.
 struct AmxWindow {
+  bool by_kernel_rows;
   int64_t images, rows, columns;  // of a phase
   int64_t phases, steps;
+  int64_t taps, channels;  // of a tap
+  int64_t line, row;       // 16-bit numbers from a line to the next, and from a row
+  int64_t out_row;         // and from an output row's first line to the next one's
 
   constexpr AmxWindow(const ConvArgs& args, int64_t images_, int64_t out_rows)
-      : images(images_),
-        rows(((out_rows - 1) * args.stride_h + args.kh + args.stride_h - 1) / args.stride_h),
-        columns(((args.ow - 1) * args.stride_w + args.kw + args.stride_w - 1) / args.stride_w),
-        phases(args.stride_h * args.stride_w),
-        steps(amx_steps(args.ci)) {}
+      : by_kernel_rows(amx_takes_rows(args.ci, args.kw)), images(images_) {
+    if (by_kernel_rows) {
+      rows = (out_rows - 1) * args.stride_h + args.kh;
+      columns = (args.ow + kAmxRows - 1) / kAmxRows * kAmxRows;  // outputs, in whole tiles
+      phases = steps = 1;
+      taps = args.kh;
+      channels = args.kw * args.ci;
+      line = args.stride_w * args.ci;
+      row = ((columns - 1) * line + 2 * kAmxDepth - 1) / kAmxDepth * kAmxDepth;
+      out_row = args.stride_h * row;
+    } else {
+      rows = ((out_rows - 1) * args.stride_h + args.kh + args.stride_h - 1) / args.stride_h;
+      columns = ((args.ow - 1) * args.stride_w + args.kw + args.stride_w - 1) / args.stride_w;
+      phases = args.stride_h * args.stride_w;
+      steps = amx_steps(args.ci);
+      taps = args.kh * args.kw;
+      channels = args.ci;
+      line = kAmxDepth;
+      row = out_row = pitch() * line;
+    }
+  }
 
   constexpr int64_t pitch() const { return columns * images; }
-  // The last tile may reach beyond; an odd number keeps parts out of each other's cache sets.
-  constexpr int64_t lines() const { return (rows * pitch() + kAmxRows) | 1; }
-  constexpr int64_t plane() const { return lines() * (kAmxDepth / 2); }  // in floats
-  constexpr int64_t floats() const { return phases * steps * kAmxParts * plane(); }
+  // In floats. The last tile may reach beyond; an odd number of lines keeps parts out of each
+  // other's cache sets.
+  constexpr int64_t plane() const {
+    return ((rows * row / kAmxDepth + kAmxRows) | 1) * (kAmxDepth / 2);
+  }
+  constexpr int64_t floats() const {
+    // A row of floats, before it is split.
+    return phases * steps * kAmxParts * plane() + (by_kernel_rows ? row : 0);
+  }
 };
 
 // Upper bound of the tiles of a block.
@@ -72,7 +105,7 @@ constexpr int64_t amx_most_tiles(int64_t images, int64_t rows, int64_t ow) {
 struct AmxScratch {
   float* window;     // AmxWindow::floats()
   float* weights;    // 2 * amx_group_pairs() * amx_panel_floats()
-  int64_t* starts;   // amx_most_tiles(): a tile's first line
+  int64_t* starts;   // amx_most_tiles(): where in a part a tile's first line is, in 16-bit numbers
   int64_t* offsets;  // 16 times as many: where an output pixel is written, or -1
 };
 

@@ -125,9 +125,55 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
   }
 }
 
+// As amx_fill_window, where a step is a row of the kernel. The rest of a row's last step is
+// multiplied by zeros.
+template <typename T>
+void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow& window,
+                   float* to) {
+  const int64_t plane = window.plane();
+  float* const row = to + kAmxParts * plane;
+  const int64_t first = min(args.pad_w * args.ci, window.row);
+  const int64_t pixels = min(args.iw, (window.row - first) / args.ci);
+  conv_zero(row, window.row);
+  const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
+  const int64_t rows = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
+  for (int64_t r = 0; r < rows; ++r, to += window.row / 2) {
+    const int64_t h = h0 + r;
+    if (h < 0 || h >= args.ih) {
+      for (int p = 0; p < kAmxParts; ++p) conv_zero(to + p * plane, window.row / 2);
+      continue;
+    }
+    const T* in = static_cast<const T*>(args.input) + block.n0 * args.input_stride_n +
+                  h * args.input_stride_h;
+    float* numbers = row + first;
+    if (args.in_mean == nullptr && args.input_stride_w == args.ci) {
+      int64_t i = 0;
+      for (; i + kFloatLanes <= pixels * args.ci; i += kFloatLanes)
+        store(numbers + i, load(in + i));
+      const int rest = static_cast<int>(pixels * args.ci - i);
+      if (rest > 0) store_partial(numbers + i, load_partial(in + i, rest), rest);
+    } else {
+      for (int64_t w = 0; w < pixels; ++w, in += args.input_stride_w, numbers += args.ci) {
+        const int channels = static_cast<int>(args.ci);
+        Floats x = load_partial(in, channels);
+        if (args.in_mean != nullptr) {
+          // The vectors are padded to whole panels.
+          x = relu((x - load(args.in_mean)) * load(args.in_scale) + load(args.in_bias));
+        }
+        store_partial(numbers, x, channels);
+      }
+    }
+    for (int64_t i = 0; i < window.row; i += kAmxDepth) {
+      amx_split(load(row + i), load(row + i + kFloatLanes), to + i / 2, plane);
+    }
+  }
+}
+
 // What the sums of a tile run over.
 struct AmxDepth {
-  int64_t kh, kw, ci, stride_h, stride_w, steps, pitch, images, plane;
+  int64_t kh, kw, ci, stride_h, stride_w, steps;
+  int64_t line, row, column;   // in the window, 16-bit numbers from one to the next
+  int64_t plane;               // of a part, in floats
   int64_t panel, panel_parts;  // floats from a panel's weights, and their parts, to the next
 };
 
@@ -183,8 +229,7 @@ template <int R, int C, bool kSplit>
 __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          const int64_t* starts, const float* weight, float* parts,
                                          float* out, int64_t row, AmxMeanwhile& meanwhile) {
-  constexpr int64_t line = kAmxDepth / 2;
-  constexpr int kStride = 64;      // bytes of a tile's row
+  constexpr int kStride = 64;      // bytes of a tile's row of weights
   constexpr int64_t kAhead = 256;  // floats of weights, asked for before they are split
   _tile_zero(0);
   if (C > 1) _tile_zero(1);
@@ -222,14 +267,15 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   for (int64_t h = 0; h < d.kh; ++h) {
     for (int64_t v = 0; v < d.kw; ++v) {
       const int64_t phase = h % d.stride_h * d.stride_w + v % d.stride_w;
-      const float* a0 = window + phase * d.steps * kAmxParts * d.plane +
-                        (h / d.stride_h * d.pitch + v / d.stride_w * d.images) * line;
-      const float* a1 = a0 + (R > 1 ? starts[1] : 0) * line;
-      a0 += starts[0] * line;
+      const uint16_t* a0 =
+          reinterpret_cast<const uint16_t*>(window + phase * d.steps * kAmxParts * d.plane) +
+          h / d.stride_h * d.row + v / d.stride_w * d.column;
+      const uint16_t* a1 = a0 + (R > 1 ? starts[1] : 0);
+      a0 += starts[0];
       for (int64_t k = 0; k < d.steps; ++k) {
         const auto pixels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
-          _tile_loadd(4, a0 + part * d.plane, kStride);
-          if (R > 1) _tile_loadd(5, a1 + part * d.plane, kStride);
+          _tile_loadd(4, a0 + 2 * part * d.plane, 2 * d.line);
+          if (R > 1) _tile_loadd(5, a1 + 2 * part * d.plane, 2 * d.line);
         };
         const auto channels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
           _tile_loadd(6, w + part * kAmxTile, kStride);
@@ -249,8 +295,8 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
         pixels(0), multiply(), split(3);
         channels(2), multiply();
         channels(0), multiply();
-        a0 += kAmxParts * d.plane;
-        a1 += kAmxParts * d.plane;
+        a0 += 2 * kAmxParts * d.plane;
+        a1 += 2 * kAmxParts * d.plane;
         w += kAmxStep;
       }
     }
@@ -278,10 +324,9 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
   const int64_t tiles = by_row ? rows * row_tiles : all_tiles;
   int64_t* offset = scratch.offsets;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t start =
-        by_row ? t / row_tiles * window.pitch() + t % row_tiles * kAmxRows : t * kAmxRows;
-    scratch.starts[t] = start;
-    int64_t h = start / window.pitch(), place = start % window.pitch();
+    int64_t h = by_row ? t / row_tiles : t * kAmxRows / window.pitch();
+    int64_t place = by_row ? t % row_tiles * kAmxRows : t * kAmxRows % window.pitch();
+    scratch.starts[t] = h * window.out_row + place * window.line;
     for (int m = 0; m < kAmxRows; ++m, ++offset) {
       const bool inside = place < row && h < rows;
       const int64_t w = place / window.images, n = place % window.images;
@@ -393,23 +438,30 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
                     double* sums) {
   const ConvArgs& args = all.conv;
   const AmxWindow window(args, block.n1 - block.n0, block.h1 - block.h0);
-  const auto fill = all.z != nullptr          ? amx_fill_window<T, AmxLoad::gradient>
-                    : args.in_mean != nullptr ? amx_fill_window<T, AmxLoad::prologue>
-                                              : amx_fill_window<T, AmxLoad::plain>;
-  fill(all, block, window, scratch.window);
+  if (window.by_kernel_rows) {
+    amx_fill_rows<T>(args, block, window, scratch.window);
+  } else {
+    const auto fill = all.z != nullptr          ? amx_fill_window<T, AmxLoad::gradient>
+                      : args.in_mean != nullptr ? amx_fill_window<T, AmxLoad::prologue>
+                                                : amx_fill_window<T, AmxLoad::plain>;
+    fill(all, block, window, scratch.window);
+  }
   const int64_t tiles = amx_place_tiles(all, block, window, scratch);
-  const int64_t taps = args.kh * args.kw;
-  const AmxDepth depth = {args.kh,
-                          args.kw,
-                          args.ci,
-                          args.stride_h,
-                          args.stride_w,
-                          window.steps,
-                          window.pitch(),
-                          window.images,
-                          window.plane(),
-                          taps * args.ci * kConvPanel,
-                          amx_panel_floats(taps, args.ci)};
+  const int64_t taps = window.taps, channels_of_tap = window.channels;
+  const AmxDepth depth = {
+      .kh = args.kh,
+      .kw = window.by_kernel_rows ? 1 : args.kw,
+      .ci = channels_of_tap,
+      .stride_h = window.by_kernel_rows ? 1 : args.stride_h,
+      .stride_w = args.stride_w,
+      .steps = window.steps,
+      .line = window.line,
+      .row = window.row,
+      .column = window.images * window.line,
+      .plane = window.plane(),
+      .panel = taps * channels_of_tap * kConvPanel,
+      .panel_parts = amx_panel_floats(taps, channels_of_tap),
+  };
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
   static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
   static constexpr AmxConfig config{};
@@ -430,7 +482,7 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   }
   // Where weights are few, several pairs of panels at a time: a pixel's channels are written, and
   // its residual is read, in one go.
-  const int64_t group = amx_group_pairs(taps, args.ci) * kConvColumns;
+  const int64_t group = amx_group_pairs(taps, channels_of_tap) * kConvColumns;
   for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
     const int64_t group1 = min(group0 + group, end);
     for (int64_t t = 0; t < tiles; t += 2) {
@@ -450,9 +502,10 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
         }
         const auto compute = both ? (wide ? amx_tiles_of<2, 2>(split) : amx_tiles_of<2, 1>(split))
                                   : (wide ? amx_tiles_of<1, 2>(split) : amx_tiles_of<1, 1>(split));
-        compute(depth, scratch.window, scratch.starts + t, args.weight + c * taps * args.ci,
-                scratch.weights + (c - group0) / kConvPanel * amx_panel_floats(taps, args.ci),
-                out[current], kConvColumns, meanwhile);
+        compute(depth, scratch.window, scratch.starts + t,
+                args.weight + c / kConvPanel * depth.panel,
+                scratch.weights + (c - group0) / kConvPanel * depth.panel_parts, out[current],
+                kConvColumns, meanwhile);
         meanwhile.finish();
         meanwhile.tile = out[current];
         meanwhile.offsets = offsets;

@@ -53,8 +53,9 @@ struct WinogradParts {
                             .stride_h = 1,
                             .stride_w = 1,
                             .steps = amx_steps(args.ci),
-                            .pitch = 0,
-                            .images = 0,
+                            .line = kAmxDepth,
+                            .row = 0,
+                            .column = 0,
                             .plane = kAmxTile,
                             .panel = 0,
                             .panel_parts = panel_parts};
@@ -69,7 +70,7 @@ struct WinogradParts {
         const bool wide = channels - c > kAmxRows;
         for (int64_t tile = 0; tile < tiles; tile += 2 * kAmxRows) {
           const bool both = tiles - tile > kAmxRows;
-          const int64_t starts[] = {place(tile) / kLine, place(tile + kAmxRows) / kLine};
+          const int64_t starts[] = {2 * place(tile), 2 * place(tile + kAmxRows)};
           const auto compute = both ? (wide ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>)
                                     : (wide ? amx_tiles<1, 2, false> : amx_tiles<1, 1, false>);
           compute(depth, patches, starts, nullptr,
