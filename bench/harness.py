@@ -26,6 +26,8 @@ PACKAGES = (
     "torch", "torchvision", "triton", "onnxruntime", "openvino", "ncnn", "MNN", "numpy", "fastres"
 )  # fmt: skip
 EAGER = "torch eager"
+# What commands write: a change there leaves the sources as they were.
+RESULTS = (":!bench/results", ":!docs/compat.*")
 
 
 class NotInstalledError(Exception):
@@ -218,7 +220,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *RESULTS)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
