@@ -161,11 +161,12 @@ class TestAugmentation:
         for same in (images.contiguous(), random_images(14).index_copy(0, top * 2, images)[::2]):
             assert torch.equal(data.random_crop_flip(same, top, left, flip, 4), expected)
 
-    def test_normalize_is_torchvisions_bit_for_bit(self) -> None:
-        images = random_images(4)
+    @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+    def test_normalize_is_torchvisions_bit_for_bit(self, layout: torch.memory_format) -> None:
+        images = random_images(4)[:, :, :, 3:].contiguous(memory_format=layout)
         theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
         ours = data.normalize(images, MEAN, STD)
-        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert ours.is_contiguous(memory_format=layout)
         for image, result in zip(images, ours, strict=True):
             assert torch.equal(result, theirs(Image.fromarray(image.permute(1, 2, 0).numpy())))
 

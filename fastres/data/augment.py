@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,16 +27,20 @@ def random_crop_flip(
         (N, C, H, W) uint8 in channels_last memory.
     """
     n, c, h, w = images.shape
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1).contiguous()
-    # Every possible crop as a view: (N, top, left, H, W, C). One gather then copies whole rows.
-    image, row, column, channel = padded.stride()
+    pixels = images.permute(0, 2, 3, 1)
+    padded = images.new_zeros(2, n, h + 2 * padding, w + 2 * padding, c)
+    inside = padded[:, :, padding : padding + h, padding : padding + w]
+    inside[0] = pixels
+    inside[1] = pixels.flip(2)
+    # Every possible crop as a view: (flip, N, top, left, H, W, C). One gather copies whole rows.
+    mirror, image, row, column, channel = padded.stride()
     crops = padded.as_strided(
-        (n, 2 * padding + 1, 2 * padding + 1, h, w, c),
-        (image, row, column, row, column, channel),
+        (2, n, 2 * padding + 1, 2 * padding + 1, h, w, c),
+        (mirror, image, row, column, row, column, channel),
     )
-    cropped = crops[torch.arange(n, device=images.device), top, left]
-    flipped = torch.where(flip[:, None, None, None], cropped.flip(2), cropped)
-    return flipped.permute(0, 3, 1, 2)
+    left = torch.where(flip, 2 * padding - left, left)
+    cropped = crops[flip.long(), torch.arange(n, device=images.device), top, left]
+    return cropped.permute(0, 3, 1, 2)
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
@@ -65,7 +69,19 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     The same arithmetic, in the same order, as torchvision's ToTensor and Normalize.
     """
-    shape = (1, -1, 1, 1)
-    centre = torch.tensor(mean, device=images.device).view(shape)
-    scale = torch.tensor(std, device=images.device).view(shape)
-    return images.to(torch.float32).div_(255).sub_(centre).div_(scale)
+    n, c, h, w = images.shape
+    result = images.to(torch.float32).div_(255)
+    if result.is_contiguous(memory_format=torch.channels_last):
+        # Row by row: the channels of one pixel would make too short a loop.
+        values, width = result.permute(0, 2, 3, 1).view(n, h, w * c), w
+    else:
+        values, width = result.permute(0, 2, 3, 1), 1
+    centre, scale = (_row(tuple(v), width, images.device) for v in (mean, std))
+    values.sub_(centre).div_(scale)
+    return result
+
+
+@lru_cache(maxsize=64)
+def _row(values: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """The values of `width` pixels, float32, kept: each copy to a GPU would wait for its work."""
+    return torch.tensor(values, device=device).repeat(width)

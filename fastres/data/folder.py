@@ -257,7 +257,8 @@ def read_picture(path: str | Path) -> Image.Image:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):  # Pillow would cut all that is above 255
                 raise ValueError(f"its pixels are of mode {file.mode}, expected 8 bits a channel")
-            return ImageOps.exif_transpose(file).convert("RGB")
+            upright = ImageOps.exif_transpose(file)
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"no image at {path}") from error
     except Exception as error:  # each of Pillow's decoders has errors of its own for damage
@@ -337,7 +338,8 @@ class PictureBatches(SharedBatches[PictureSet]):
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
     shuffled, each cropped at random (see `training_transform`), mirrored with probability one
     half, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
-    (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch.
+    (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch. Each worker
+    reads two batches ahead.
 
     Args:
         part: the files and labels.
