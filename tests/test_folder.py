@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from torchvision.transforms import v2
 
 from fastres import data, train
@@ -20,6 +22,7 @@ from fastres.data import draws
 from fastres.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from fastres.train import checkpoint, loop, parts
 from fastres.train.run import MODEL_KEYS, RUN_KEYS
+from tiny_runs import TINY, TINY_NAMES
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -327,23 +330,10 @@ class TestBatches:
         assert data.read_picture(tmp_path / "a.jpg").size == (20, 40)
 
 
-class Tiny(nn.Sequential):
-    """A model of a few hundred weights for images of any size."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(
-            nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes),
-        )  # fmt: skip
-
-
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("run", "inference"):
-        monkeypatch.setattr(
-            f"fastres.train.{module}.build_model",
-            lambda name, arguments: Tiny(arguments["num_classes"]),
-        )
+        monkeypatch.setattr(f"fastres.train.{module}.build_model", TINY_NAMES["build_model"])
 
 
 def fit(out: Path, source: Path, **changes: Any) -> train.Result:
@@ -493,6 +483,59 @@ class TestFit:
         shutil.copy(own / "cat" / "new.png", own / "cow")
         with pytest.raises(data.DataError, match="has other classes than"):
             evaluate(None)
+
+
+# One of two processes, whose part of a batch is lost after the first of them checked the pictures.
+TWO = """
+import sys
+from pathlib import Path
+from fastres import cli
+from fastres.train import loop
+from fastres.train import run as run_state
+
+run_state.build_model = build_model
+check = loop.check_pictures
+
+def then_it_goes(*arguments, **options):
+    check(*arguments, **options)
+    print("checked", flush=True)
+    Path(sys.argv[-1]).unlink()
+
+loop.check_pictures = then_it_goes
+sys.exit(cli.main(sys.argv[1:-1]))
+"""
+
+
+def test_picture_that_one_of_two_processes_misses(own: Path, tmp_path: Path) -> None:
+    """Both end, with all steps before it saved; the first alone has checked the pictures."""
+    (training, _, _) = data.picture_folder(own).split(0.2, 0.1, seed=0)
+    order = torch.randperm(len(training), generator=draws.generator(draws.EPOCH, 0, 0))
+    gone = training.paths[order[11]]  # the last of the fourth batch of three
+    (tmp_path / "two.py").write_text(TINY + TWO)
+    out = tmp_path / "run"
+    words = f"train --data folder:{own} --batch-size 3 --image-size 32 --workers 0 --device cpu"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "two.py", *words.split(), "--out", str(out), gone],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    (said, heard), (also_said, error) = (p.communicate(timeout=600) for p in processes)
+    assert [p.returncode for p in processes] == [130, 2], heard + error
+    assert error.endswith(f"fastres: error: no image at {gone}\n")
+    assert "go on with: fastres train" in heard and "Traceback" not in heard + error
+    assert (said.count("checked"), also_said) == (1, "")
+    saved = last(out)
+    assert (saved["epoch"], saved["meter"]["step"], saved["meter"]["images"]) == (0, 3, 9)
 
 
 @pytest.mark.usefixtures("tiny")

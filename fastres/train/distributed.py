@@ -145,9 +145,9 @@ class Processes:
 
         def weighed(logits: Tensor, labels: Tensor) -> Tensor:
             loss = loss_function(logits, labels)
-            images = torch.tensor(len(labels), dtype=torch.float64, device=logits.device)
-            dist.all_reduce(images)
-            weight = (self.size * len(labels) / images).to(loss.dtype)
+            images = torch.tensor(len(labels), dtype=torch.float64)
+            dist.all_reduce(images, group=self.group)
+            weight = self.size * len(labels) / images.item()
             loss.register_hook(lambda gradient: gradient * weight)
             return loss
 

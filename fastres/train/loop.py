@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -139,14 +139,16 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Result:
     CPU a run that was killed and resumed has the same weights, bit for bit, as one that was not.
 
     Where torchrun started several processes on this machine, they share every batch and take one
-    step together; the first of them writes. A signal to one of them stops all.
+    step together; the first of them writes. A signal to one of them, or a picture that it cannot
+    read, stops all, and the state is saved.
 
     Args:
         config: the settings; `config.resume` goes on with the run in `config.out`.
         progress: show a bar, a line an epoch and a table at the end.
 
     Raises:
-        ConfigError, DataError: the settings or the data cannot be used.
+        ConfigError, DataError: the settings or the data cannot be used; in the middle of a run the
+            state is saved.
         RunFolderError: the folder is not empty, or has no run to resume, or one of other settings.
         CheckpointError: the checkpoint to go on from is damaged, and so is the one before it.
         WriteError: a file cannot be written, as on a full disk; what was written before stays.
@@ -213,17 +215,44 @@ def _fit(
             f"{place}; {folder.path}"
         )
 
-        def leave_if_asked(meter: Meter) -> None:
-            if processes.any(stop.requested):
+        def leave_if(asked: bool, fault: DataError | None = None) -> None:
+            """Save and end, all processes together, if one of them is asked to or has a fault."""
+            if processes.any(asked or fault is not None):
                 processes.sum(run.meter)
                 if processes.first:
                     run.save_last(folder.last)
-                raise RunInterruptedError(folder.path)
+                raise fault or RunInterruptedError(folder.path)
+
+        def agreed(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+            """`batches`; all processes have theirs, or none goes on to a step with the others."""
+            while True:
+                asked, batch, fault = stop.requested, None, None
+                try:
+                    batch = None if asked else next(batches, None)
+                except DataError as error:  # a picture went missing
+                    fault = error
+                if batch is None:
+                    run.meter.read()  # a NaN is found before the others hear that all is well
+                leave_if(asked, fault)
+                if batch is None:
+                    return
+                yield batch
 
         def after_step(meter: Meter) -> None:
             run.after_step()
             report.training_step(meter)
-            leave_if_asked(meter)
+
+        def validate() -> Meter:
+            # Several processes may have different numbers of steps here, so none can be asked.
+            alone = processes.size == 1
+            on_step = (lambda meter: leave_if(stop.requested)) if alone else None
+            fault, meter = None, Meter()
+            try:
+                meter = evaluate(run.evaluated, valid, amp=amp, on_step=on_step)
+            except DataError as error:
+                fault = error
+            leave_if(stop.requested, fault)
+            return meter
 
         while run.epoch < config.epochs and not run.stopping.should_stop:
             report.begin_epoch(run.epoch, run.meter.step)
@@ -231,7 +260,7 @@ def _fit(
             try:
                 train_one_epoch(
                     trained,
-                    train.iterate(run.meter.step),
+                    agreed(train.iterate(run.meter.step)),
                     run.optimizer,
                     loss_function=loss_function,
                     amp=amp,
@@ -240,22 +269,15 @@ def _fit(
                     on_step=after_step,
                 )
                 processes.take_statistics_of_first(run.evaluated)
-                # Several processes may have different numbers of steps here, so none can be asked.
-                on_step = leave_if_asked if processes.size == 1 else None
-                validation = evaluate(run.evaluated, valid, amp=amp, on_step=on_step)
-                leave_if_asked(validation)
+                validation = validate()
             except NonFiniteLossError as error:
                 processes.fail()
                 kept = run.stopping.best_epoch
                 best = f"; {folder.best} keeps epoch {kept}, the best so far" if kept else ""
                 raise NonFiniteLossError(f"epoch {run.epoch + 1}: {error}{best}") from error
-            except DataError:  # a picture went missing: between two steps, so nothing is lost
-                if processes.size == 1:  # else the others' images of this epoch are not known
-                    run.save_last(folder.last)
-                raise
             processes.sum(run.meter)
             processes.sum(validation)
-            _end_epoch(run, validation, processes.first, folder, report)
+            _end_epoch(run, validation, processes, folder, report)
             board.end_epoch(run.history[-1])
 
         def leave_without_saving(meter: Meter) -> None:
@@ -297,7 +319,7 @@ def _open_folder(config: TrainConfig, run: Run, report: Report) -> RunFolder:
 
 
 def _end_epoch(
-    run: Run, validation: Meter, writes: bool, folder: RunFolder, report: Report
+    run: Run, validation: Meter, processes: Processes, folder: RunFolder, report: Report
 ) -> None:
     line = {
         "epoch": run.epoch + 1,
@@ -313,12 +335,15 @@ def _end_epoch(
     run.epoch += 1
     run.meter = Meter()
     best = run.stopping.update(run.epoch, validation.accuracy)
-    # The best before the last: killed between the two, the epoch is run again and both are right.
-    if best and writes:
-        run.save_best(folder.best)
-    if writes:
+
+    def write() -> None:
+        # The best before the last: killed in between, the epoch is run again and both are right.
+        if best:
+            run.save_best(folder.best)
         run.save_last(folder.last)
         _write_history(run, folder)
+
+    processes.from_first(write)
     report.end_epoch(line, best=best)
 
 
