@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import fastres
 from fastres import data, train
 from fastres.train import checkpoint, config, loop, seed
 from fastres.train import run as run_state
@@ -225,9 +226,13 @@ class TestFit:
                 yield (images * float("nan") if spoilt else images), labels
 
         monkeypatch.setattr(data.Batches, "iterate", iterate)
-        with pytest.raises(train.NonFiniteLossError, match="epoch 2: the loss is nan at step 3"):
+        said = "epoch 2: the loss is nan at step 3: .*; .*best.pt keeps epoch 1, the best so far"
+        with pytest.raises(train.NonFiniteLossError, match=said):
             fit(tmp_path / "run")
         assert last(tmp_path / "run")["epoch"] == 1
+        best = checkpoint.load(tmp_path / "run" / "best.pt", run_state.MODEL_KEYS)
+        assert best["epoch"] == 1
+        assert all(value.isfinite().all() for value in best["model"].values())
 
     def test_parts_can_be_used_apart(self) -> None:
         sample = data.sample()
@@ -244,6 +249,21 @@ class TestFit:
 
 
 class TestCheckpoint:
+    def test_holds_all_that_a_run_is(self, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        settings: dict[str, Any] = {"ema": 0.9, "nesterov": True, "schedule": "cosine", "seed": 3}
+        fit(out, **settings)
+        content = last(out)
+        assert content["version"] == fastres.__version__
+        assert (content["epoch"], content["averaging"]["steps"]) == (3, 15)
+        assert content["averaging"]["trained"].keys() == content["model"].keys()
+        assert len(content["optimizer"]["state"]) == 5
+        assert content["scheduler"]["last_epoch"] == 15
+        assert content["early_stopping"]["best_epoch"] >= 1
+        assert {"python", "numpy", "torch", "cuda"} == content["random"].keys()
+        made = train.TrainConfig(out=out, **{**FEW_EPOCHS, **settings})
+        assert config.from_dict(content["config"]) == made
+
     def test_old_file_stays_when_writing_fails(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
         checkpoint.save(path, {"x": 1})
