@@ -1,9 +1,10 @@
 """Build fastres: the package, its Triton kernels, and two C++ libraries.
 
 libfastres.so has the ops and needs no Python, so that C++ programs can load it; fastres._C is the
-Python module in front of it. They use the LibTorch Stable ABI and CPython's: the binaries work with
-every torch >= 2.10 and every Python >= 3.10, whichever were there when they were built. Instruction
-sets are chosen at run time, so they work on every CPU of their architecture as well.
+Python module in front of it. They use the LibTorch Stable ABI: the binaries work with every torch
+>= 2.10, whichever was there when they were built. Instruction sets are chosen at run time, so they
+work on every CPU of their architecture as well. The module is one Python version's; with
+FASTRES_LIBRARY, the path of a libfastres.so, it alone is built for another one.
 """
 
 import importlib.metadata
@@ -88,6 +89,7 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
+        import pybind11
 
         cxx = compiler()
         torch = installed_torch()
@@ -99,15 +101,16 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Python would take an older build's binary, which has Python's version in its name.
-        for older in (ROOT / "fastres").glob("_C.cpython-*.so"):
-            older.unlink()
+        if ext.name == LIBRARY and (built := os.environ.get("FASTRES_LIBRARY")):
+            shutil.copyfile(built, output)
+            return
         work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
         includes = [
             f"-I{ROOT / 'csrc'}",
             f"-isystem {torch / 'include'}",
             f"-isystem {torch / 'include/torch/csrc/api/include'}",
+            f"-isystem {pybind11.get_include()}",
             f"-isystem {sysconfig.get_path('include')}",
         ]
         flags = [
@@ -189,7 +192,7 @@ bench = [
     "MNN; platform_machine != 'aarch64'",
 ]
 # A cross compiler, with which tests/test_portability.py compiles the C++ sources for aarch64.
-cross = ["ziglang>=0.17"]
+cross = ["ziglang>=0.17", "pybind11>=2.13"]
 # What tools/compat.py makes its environments with.
 compat = ["uv>=0.9"]
 examples = ["lightning>=2.4", "transformers>=4.46", "accelerate>=1.1"]
@@ -214,10 +217,8 @@ setup(
     },
     ext_modules=[
         Extension(LIBRARY, sorted(SOURCES - {MODULE_SOURCE})),
-        Extension("fastres._C", [MODULE_SOURCE], py_limited_api=True),  # links to the library
+        Extension("fastres._C", [MODULE_SOURCE]),  # links to the library
     ],
-    # What Py_LIMITED_API in csrc/module.cpp says.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     cmdclass={"build_ext": NinjaBuild},
     setup_requires=build_requirements(),
     install_requires=[

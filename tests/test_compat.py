@@ -25,9 +25,10 @@ VERSIONS = {
     "numpy": "2.4.6",
     "built with": "gcc 12.2.0, torch 2.15.0",
 }
-# Environments are this test's own Python; torch 8.9 does not exist.
+# Environments are this test's own Python, and say that they have VERSIONS; torch 8.9 does not
+# exist.
 UV = """#!{python}
-import json, pathlib, platform, sys
+import json, os, pathlib, platform, sys
 words = sys.argv[1:]
 if words[:2] == ["python", "list"]:
     plain = {{"implementation": "cpython", "variant": "default", "path": sys.executable}}
@@ -40,8 +41,13 @@ elif words[:2] == ["pip", "compile"]:
 elif words[0] == "venv":
     python = pathlib.Path(words[-1]) / "bin/python"
     python.parent.mkdir(parents=True, exist_ok=True)
-    python.write_text("#!/bin/sh\\nexec {python} \\"$@\\"\\n")
+    versions = '[ "$2" = -c ] && exec cat "$0.versions"'
+    python.write_text("#!/bin/sh\\n" + versions + "\\nexec {python} \\"$@\\"\\n")
+    (python.parent / "python.versions").write_text({versions!r})
     python.chmod(0o755)
+elif "FASTRES_LIBRARY" in os.environ:
+    built = pathlib.Path(os.environ["UV_BUILT"])
+    built.write_bytes(pathlib.Path(os.environ["FASTRES_LIBRARY"]).read_bytes())
 elif words[-1] == "torch==8.9.*":
     sys.exit("error: No solution found when resolving dependencies\\n  there is no\\n  torch 8.9")
 elif words[-1] == "torch==7.0.*":
@@ -49,26 +55,29 @@ elif words[-1] == "torch==7.0.*":
 """
 
 
-def write_wheel(path: Path) -> Path:
+def write_wheel(path: Path, library: str = "a binary") -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
             "fastres-1.dist-info/METADATA",
             "Name: fastres\nRequires-Python: >=3.10\n"
             "Requires-Dist: torchvision\nRequires-Dist: torch>=2.10\n",
         )
+        archive.writestr("fastres/libfastres.so", library)
     return path
 
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    return write_wheel(tmp_path / "fastres-1-cp310-abi3-linux_x86_64.whl")
+    """A wheel for this Python."""
+    tag = compat.minor_of(sys.version).replace(".", "")
+    return write_wheel(tmp_path / f"fastres-1-cp{tag}-cp{tag}-linux_x86_64.whl")
 
 
 @pytest.fixture
 def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "bin/uv"
     script.parent.mkdir()
-    script.write_text(UV.format(python=sys.executable))
+    script.write_text(UV.format(python=sys.executable, versions=json.dumps(VERSIONS)))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -117,7 +126,7 @@ def test_a_wheel_says_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     assert (read.requires_python, read.requires_torch) == (">=3.10", "torch>=2.10")
     (tmp_path / "no.whl").write_text("no")
     for path in (tmp_path / "no.whl", tmp_path / "missing.whl"):
-        with pytest.raises(CompatError, match=f"--wheel: {path} is no wheel"):
+        with pytest.raises(CompatError, match=f"--wheel: {path} is no wheel of fastres"):
             compat.read_wheel(path)
 
 
@@ -160,7 +169,7 @@ def test_runs_add_up_for_one_wheel(
     assert (cell["python"], cell["torch"], cell["tests"]) == (minor, "8.8", ["test_tiny"])
     assert (cell["passed"], cell["skipped"]) == (3, 1)
     assert cell["failed"] == ["tests.test_tiny::test_fails", "tests.test_tiny::test_errs"]
-    assert cell["versions"]["python"] == sys.version.split()[0]
+    assert cell["versions"] == VERSIONS
 
     (checkout / "tests/test_tiny.py").write_text("def test_passes(): pass\n")
     (checkout / "tests/test_portability.py").write_text("def test_compiles(): pass\n")
@@ -183,11 +192,30 @@ def test_runs_add_up_for_one_wheel(
     assert results.read_text() == before
 
     (checkout / "tests/test_tiny.py").write_text("import os\nos._exit(7)\n")
-    with zipfile.ZipFile(wheel, "a") as archive:
-        archive.writestr("new", "another binary")
+    write_wheel(wheel, "another binary")
     assert compat.main([*common, "--torch", "8.8"]) == 1
     (cell,) = json.loads(results.read_text())["cells"]
     assert cell["failed"] == ["pytest ended with status 7: no output"]
+
+
+@pytest.mark.usefixtures("uv", "checkout")
+def test_another_python_gets_the_same_library(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tmp_path / "built"
+    monkeypatch.setenv("UV_BUILT", str(built))
+    common = [f"--results={tmp_path / 'compat.json'}", f"--table={tmp_path / 'compat.md'}"]
+    common += ["--tests=test_tiny", "--torch=8.8"]
+    compat.main([f"--wheel={wheel}", *common])
+    assert not built.exists()
+    other = wheel.rename(tmp_path / "fastres-1-cp39-cp39-linux_x86_64.whl")
+    compat.main([f"--wheel={other}", *common])
+    assert built.read_text() == "a binary"
+
+
+def test_a_module_is_built_with_what_the_package_is() -> None:
+    requires = (compat.ROOT / "pyproject.toml").read_text().splitlines()[1]
+    assert requires == f"requires = {json.dumps(list(compat.BUILDS_WITH))}"
 
 
 @pytest.mark.usefixtures("uv")

@@ -99,10 +99,13 @@ def test_kernels_are_neon(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_every_source_compiles(tmp_path: Path, cache: Path) -> None:
+    import pybind11
+
     include = Path(torch.__file__).parent / "include"
     folders = [
         include,
         include / "torch/csrc/api/include",
+        Path(pybind11.get_include()),
         Path(sysconfig.get_path("include")),
     ]
     flags = [f"-isystem{folder}" for folder in folders]

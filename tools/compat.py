@@ -1,12 +1,13 @@
-"""Run the tests with one and the same wheel under several versions of Python and torch.
+"""Run the tests with one library of kernels under several versions of Python and torch.
 
     python tools/compat.py [--python PATH ...] [--torch 2.10 ...] [--aarch64]
 
 The wheel is built once. For every pair of a Python and a torch, uv makes a virtual environment
 (under --work, removed afterwards), installs the wheel with that torch and the packages that fit,
-and runs the tests there, where they see nothing of the checkout's own package. The results are
-kept in --results, and the table is written from them. Runs with the same --wheel add up, so that a
-table can be filled in several runs; another wheel begins a new one.
+and runs the tests there, where they see nothing of the checkout's own package. For another Python
+than the wheel's, the small module in front of libfastres.so is compiled; the library is the same.
+The results are kept in --results, and the table is written from them. Runs with the same --wheel
+add up, so that a table can be filled in several runs; another library begins a new one.
 
 A torch is several gigabytes: uv downloads each once. UV_TORCH_BACKEND=cpu takes the small ones,
 without CUDA, from torch's own index.
@@ -53,6 +54,8 @@ TESTS = (
 )
 # What the environments do not get from the checkout: they have the wheel's.
 PACKAGES = ("fastres", "kernels")
+# What pyproject.toml has the package built with.
+BUILDS_WITH = ("setuptools>=77", "ninja>=1.11", "pybind11>=2.13")
 RESULTS = ROOT / "docs/compat.json"
 TABLE = ROOT / "docs/compat.md"
 NO_SOLUTION = "No solution found"
@@ -80,12 +83,21 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class Wheel:
-    """The binary: its file, and what its metadata ask for."""
+    """A wheel: its file, its libfastres.so, and what its metadata ask for."""
 
     path: Path
-    sha256: str
+    library: bytes
     requires_python: str
     requires_torch: str
+
+    @property
+    def sha256(self) -> str:
+        """The library's."""
+        return hashlib.sha256(self.library).hexdigest()
+
+    def serves(self, python: Interpreter) -> bool:
+        """Whether the module in front of the library is for this Python."""
+        return f"-cp{python.minor.replace('.', '')}-" in self.path.name
 
 
 @dataclass
@@ -136,17 +148,18 @@ def between(oldest: str, newest: str) -> list[str]:
 
 
 def read_wheel(path: Path) -> Wheel:
-    """A wheel's hash and requirements."""
+    """A wheel's library and requirements."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
             metadata = message_from_string(archive.read(name).decode())
-    except (OSError, zipfile.BadZipFile, StopIteration) as error:
-        raise CompatError(f"--wheel: {path} is no wheel: {error}") from error
+            library = archive.read("fastres/libfastres.so")
+    except (OSError, zipfile.BadZipFile, StopIteration, KeyError) as error:
+        raise CompatError(f"--wheel: {path} is no wheel of fastres: {error}") from error
     required = [r for r in metadata.get_all("Requires-Dist", []) if re.match(r"torch\b(?!v)", r)]
     return Wheel(
         path=path.resolve(),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        library=library,
         requires_python=metadata["Requires-Python"],
         requires_torch=required[0],
     )
@@ -263,11 +276,20 @@ def copy_checkout(folder: Path) -> None:
 def make_environment(
     folder: Path, python: Interpreter, torch: str, wheel: Wheel, extras: str
 ) -> Path:
-    """A virtual environment with the wheel and what it needs; its Python."""
+    """A virtual environment with the wheel's library and what it needs; its Python."""
     uv("venv", "--quiet", "--clear", "--python", python.path, str(folder))
     executable = folder / "bin/python"
-    packages = (f"fastres[{extras}] @ {wheel.path.as_uri()}", f"torch=={torch}.*")
-    uv("pip", "install", "--quiet", "--python", str(executable), *packages)
+    install = ("pip", "install", "--quiet", "--python", str(executable))
+    if wheel.serves(python):
+        uv(*install, f"fastres[{extras}] @ {wheel.path.as_uri()}", f"torch=={torch}.*")
+        return executable
+    library = folder / "libfastres.so"
+    library.write_bytes(wheel.library)
+    uv(*install, *BUILDS_WITH, f"torch=={torch}.*")
+    # uv would take what it built from these files with another library.
+    fresh = ("--no-build-isolation-package", "fastres", "--refresh-package", "fastres")
+    source = f"fastres[{extras}] @ {ROOT.as_uri()}"
+    uv(*install, *fresh, source, f"torch=={torch}.*", FASTRES_LIBRARY=str(library))
     return executable
 
 
@@ -321,10 +343,10 @@ def table(content: dict[str, Any]) -> str:
     wheel = content["wheel"]
     built = next((cell.versions["built with"] for cell in cells if cell.versions), "nothing known")
     lines = [
-        "# Pythons and torches that one binary runs under",
+        "# Pythons and torches that one library runs under",
         "",
-        "Written by `python tools/compat.py`: the tests of the files named below, run with one",
-        f"wheel, `{wheel['name']}` (built with {built}),",
+        "Written by `python tools/compat.py`: the tests of the files named below, run with the",
+        f"libfastres.so of one wheel, `{wheel['name']}` (built with {built}),",
         "under several versions of Python and torch.",
         "",
         "| | " + " | ".join(f"torch {torch}" for torch in torches) + " |",
@@ -368,7 +390,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def merged(content: dict[str, Any], wheel: Wheel) -> dict[str, Any]:
-    """Earlier results where they are of the same wheel, else none."""
+    """Earlier results where they are of the same library, else none."""
     if content.get("wheel", {}).get("sha256") == wheel.sha256:
         return content
     return {"wheel": {"name": wheel.path.name, "sha256": wheel.sha256}, "cells": []}
