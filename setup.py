@@ -196,6 +196,8 @@ cross = ["ziglang>=0.17", "pybind11>=2.13"]
 # What tools/compat.py makes its environments with.
 compat = ["uv>=0.9"]
 examples = ["lightning>=2.4", "transformers>=4.46", "accelerate>=1.1"]
+# The documentation site: python -m sphinx docs build/site
+docs = ["sphinx>=8", "myst-parser>=4", "pydata-sphinx-theme>=0.16", "sphinx-copybutton>=0.5"]
 lint = ["ruff>=0.6", "mypy>=1.11", "clang-format>=18", "codespell>=2.3", "pre-commit>=3.8"]
 
 setup(
@@ -238,7 +240,8 @@ setup(
         "test": test,
         "bench": bench,
         "examples": examples,
-        "dev": [*test, *bench, *examples, *lint, *cross, *compat],
+        "docs": docs,
+        "dev": [*test, *bench, *examples, *docs, *lint, *cross, *compat],
     },
     entry_points={"console_scripts": ["fastres = fastres.cli:main"]},
     classifiers=[

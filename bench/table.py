@@ -1,8 +1,8 @@
 """Tables in Markdown from the JSON files that compare.py writes.
 
-    python bench/table.py bench/results/cpu.json              print every suite's table
-    python bench/table.py --update README.md                  fill the marked places of a document
-    python bench/table.py --check README.md                   fail where one is out of date
+    python bench/table.py bench/results/cpu.json                  print every suite's table
+    python bench/table.py --update README.md docs/benchmarks.md   fill the documents' marked places
+    python bench/table.py --check README.md docs/benchmarks.md    fail where one is out of date
 
 A marked place begins with `<!-- bench FILE SUITE -->`, FILE relative to the repository's root, and
 ends with `<!-- /bench -->`. `roofline` in place of a suite gives where fastres's time goes by kind

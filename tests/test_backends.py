@@ -177,9 +177,9 @@ def test_env_shows_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert len(row.inference) == len(row.training) == len(env.BATCHES)
         assert set(row.inference + row.training) <= {"amx", "packed", "aten"}
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
     for variable in env.VARIABLES:
-        assert variable in shown and f"| `{variable}` |" in readme
+        assert variable in shown and f"| `{variable}` |" in page
 
 
 def run_logging(script: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -337,7 +337,7 @@ def test_a_roofline_of_one_case_in_a_document():
         table.markdown([run(race())], "roofline")
 
 
-@pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "bench/README.md", "docs/benchmarks.md"])
 def test_the_documents_tables_are_up_to_date(name):
     text = (BENCH.parent / name).read_text()
     assert table.filled(text) == text
