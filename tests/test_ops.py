@@ -5,10 +5,13 @@ The kernels' own files (test_cpu_*, test_triton_*) test what is particular to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cases import ODD_ACTIVATIONS, ODD_CONVS, POOLS, RESNET_CONVS, Activation, Conv, Pool
 from fastres import _C, ops
@@ -447,11 +450,69 @@ def test_max_pool2d_gradients_by_gradcheck() -> None:
         )
 
 
-def test_a_second_derivative_is_refused_with_a_clear_error() -> None:
-    x, r = (torch.randn(1, 3, 4, 4, requires_grad=True) for _ in range(2))
-    (dx,) = torch.autograd.grad(ops.add_relu(x, r).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        dx.sum().backward()
+def differentiable() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
+    """For every op with a gradient: a call in float64, and its arguments that have one."""
+    x, w, r = double(2, 2, 3, 2), double(3, 2, 3, 3), double(2, 3, 3, 2)
+    bn, bn2 = ((double(3), positive(3), double(3), double(3)) for _ in range(2))
+    prologue = (double(2), positive(2), double(2), double(2))
+    apart = (torch.randperm(2 * 3 * 5 * 4).double() / 50 - 1).reshape(2, 3, 5, 4).requires_grad_()
+    conv, window = ([1, 1], [1, 1], [1, 1], 1), ([3, 3], [2, 2], [1, 1])
+    return {
+        "add_relu": (ops.add_relu, (r, double(2, 3, 3, 2))),
+        "bn_add_relu": (
+            lambda z, r, *v: ops.bn_add_relu(z, *v[:4], EPS, r, *v[4:], EPS),
+            (double(2, 3, 3, 2), r, *bn, *bn2),
+        ),
+        "bn_add_relu of a plain residual": (
+            lambda z, r, m, v: ops.bn_add_relu(z, m, v, None, None, EPS, r),
+            (double(2, 3, 3, 2), r, *bn[:2]),
+        ),
+        "conv_stats": (lambda *args: ops.conv_stats(*args, EPS, *conv), (x, w, *prologue)),
+        "conv_stats without a prologue": (
+            lambda x, w: ops.conv_stats(x, w, None, None, None, None, EPS, *conv),
+            (x, w),
+        ),
+        "conv_bn_relu": (
+            lambda x, w, r, *v: ops.conv_bn_relu(x, w, None, *v, EPS, r, *conv),
+            (x, w, r, *bn),
+        ),
+        "max_pool2d": (lambda x: ops.max_pool2d(x, *window), (apart,)),
+        "max_pool2d of a BatchNorm": (
+            lambda x, *v: ops.max_pool2d(x, *window, *v, EPS),
+            (apart, *bn),
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", differentiable())
+def test_second_derivatives_by_gradgradcheck(what: str) -> None:
+    call, arguments = differentiable()[what]
+    assert torch.autograd.gradgradcheck(call, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("what", differentiable())
+def test_transforms_of_torch_func(what: str) -> None:
+    call, arguments = differentiable()[what]
+    results = call(*arguments)
+    gradients = tree_map(torch.randn_like, results)
+    flat = (lambda x: x) if isinstance(results, tuple) else (lambda x: (x,))
+    expected = torch.autograd.grad(flat(results), arguments, flat(gradients))
+    values = tuple(x.detach() for x in arguments)
+    same, backward = torch.func.vjp(call, *values)
+    torch.testing.assert_close((same, backward(gradients)), (results, expected))
+    tangents = tuple(torch.randn_like(x) for x in values)
+    _, forward = torch.func.jvp(call, values, tangents)
+    # The two are each other's transpose.
+    torch.testing.assert_close(inner(flat(gradients), flat(forward)), inner(expected, tangents))
+    moved = tuple(x.flip(0) for x in values)
+    both = torch.func.vmap(call)(*(torch.stack(pair) for pair in zip(values, moved, strict=True)))
+    separate = flat(call(*values)), flat(call(*moved))
+    for i, one in enumerate(separate):
+        torch.testing.assert_close(tuple(x[i] for x in flat(both)), one)
+
+
+def inner(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+    return sum((x * y).sum() for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])

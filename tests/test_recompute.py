@@ -407,12 +407,23 @@ def test_a_parameter_that_changed_since_is_refused(name: str) -> None:
         loss.backward()
 
 
-def test_the_second_derivative_is_refused() -> None:
-    model = resnet()
-    weight = model.conv1.weight
-    (grad,) = torch.autograd.grad(loss_of(model(images())), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()
+@pytest.mark.parametrize("before", [False, True], ids=["alone", "after a first derivative"])
+def test_second_derivatives(before: bool) -> None:
+    """Those of the model that keeps, also where a result was computed again without a graph."""
+    model = nn.Sequential(FusedBasicBlock(8, 8), FusedBasicBlock(8, 8)).double()
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+    found = []
+    for m in (model, keeping(model)):
+        parameters = [*m.parameters()]
+        loss = loss_of(m(x))
+        if before:
+            late = m[1].conv1.weight  # the backward stops before the result is let go
+            torch.autograd.grad(loss, late, retain_graph=True)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        norm = sum(gradient.square().sum() for gradient in gradients)
+        found.append(torch.autograd.grad(norm, parameters))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def doubled(y: Tensor) -> Tensor:
@@ -480,8 +491,7 @@ def test_vmap_over_a_training_forward() -> None:
             module.running_mean = module.running_var = module.num_batches_tracked = None
     blocks.requires_grad_(False)
     x = torch.randn(2, 3, 8, 6, 6)
-    with pytest.warns(UserWarning, match="batching rule"):
-        together = torch.func.vmap(blocks)(x)
+    together = torch.func.vmap(blocks)(x)
     torch.testing.assert_close(together, torch.stack([blocks(part) for part in x]))
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -24,6 +23,7 @@ from ..nn.conv_bn import (
     conv_bn_relu,
     finish,
     is_untouched,
+    is_watched,
     kept_anyway,
     project,
 )
@@ -200,8 +200,11 @@ class FusedResNet(FusedUnits, ResNet):
                 block.recompute = 0
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self._stem(x.contiguous(memory_format=torch.channels_last))
-        x = self._body(x)
+        if torch.jit.is_scripting():
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            x = ops.channels_last(x)
+        x = self._body(self._stem(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _body(self, x: Tensor) -> Tensor:
@@ -220,7 +223,7 @@ class FusedResNet(FusedUnits, ResNet):
         """Whether all that the blocks do is fused units with their running statistics."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         return (
-            not _has_any_global_hook()
+            not is_watched()
             and all(is_untouched(stage, nn.Sequential) for stage in stages)
             and all(
                 type(block) in _FUSED_BLOCKS.values()

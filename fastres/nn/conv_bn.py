@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -109,8 +110,10 @@ def finish(
     residual = shortcut.z if isinstance(shortcut, Pending) else shortcut
     if residual is not None and residual.dtype != x.z.dtype:
         residual, recompute = residual.to(x.z.dtype), 0  # a copy that nobody else keeps
-    # Not in a compiler's hands, which choose themselves what to keep.
-    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    # Not in a compiler's hands, which choose themselves what to keep, and not for torch.func.
+    eager = (
+        not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not ops.in_transform()
+    )
     bn_add_relu = ops.bn_add_relu
     if x.z.requires_grad and eager and recompute > ops.in_a_row(residual):
         bn_add_relu = ops.bn_add_relu_recomputed
@@ -136,6 +139,11 @@ def is_untouched(module: Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def is_watched() -> bool:
+    """Whether every module has to be called: by a global hook, or for forward-mode derivatives."""
+    return _has_any_global_hook() or forward_ad._current_level >= 0
+
+
 def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
@@ -151,7 +159,7 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
         and (not is_frozen(bn) or _dtype_of(conv) == bn._buffers["weight"].dtype)
         # A bias has no effect before batch statistics, but it has a gradient (of rounding errors).
         and (conv._parameters["bias"] is None or not uses_batch_statistics(bn))
-        and not _has_any_global_hook()
+        and not is_watched()
         and not isinstance(x, Proxy)  # torch.fx: let its graph show the modules
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from .conv_bn import Module, Pending, finish, is_untouched
+from .conv_bn import Module, Pending, finish, is_untouched, is_watched
 
 
 def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
@@ -27,7 +26,7 @@ def pool_geometry(pool: Module) -> tuple[list[int], list[int], list[int]] | None
         and pool.dilation in (1, (1, 1))
         and not pool.ceil_mode
         and not pool.return_indices
-        and not _has_any_global_hook()
+        and not is_watched()
     ):
         return None
     kernel_size, stride, padding = (

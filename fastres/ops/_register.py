@@ -61,13 +61,20 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Give the op `fastres::name` its shape function, gradient, reference and launcher."""
+    """Give the op `fastres::name` its shape function, gradient, reference and launcher.
+
+    Without a `backward` its gradient is the reference's, and so are all second derivatives: those
+    of a fused op are the derivatives of the op that computes its backward.
+    """
     qualified = f"fastres::{name}"
+    plain = getattr(reference, name)
     torch.library.register_fake(qualified, fake)
-    torch.library.register_autograd(
-        qualified, backward or _no_second_derivative(name), setup_context=setup_context
-    )
-    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    if backward is None:
+        setup_context, backward = _setup_context, _gradient_of(plain)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    _library.impl(name, plain, "CompositeExplicitAutograd")
+    # torch.func's transforms (grad, vmap, jvp, ...) know torch's own ops alone.
+    _library.impl(name, plain, "FuncTorchDynamicLayerFrontMode")
     if name in LAUNCHERS and importlib.util.find_spec("triton") is not None:
         _library.impl(name, _launcher(name), "CUDA")
 
@@ -80,11 +87,34 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
-def _no_second_derivative(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"fastres::{name} has no derivative (double backward is not supported by the fused "
-            "ops): build the model with fused=False"
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+
+def _gradient_of(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a function in plain torch, computed anew from its inputs; of any order."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        with torch.enable_grad():
+            # Views, so that the gradient stops at them and not at what computed the inputs.
+            inputs = [
+                other if x is None else x.view_as(x)
+                for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+            ]
+            results = plain(*inputs)
+        pairs = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+        depend = [(result, grad) for result, grad in pairs if result.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in depend],
+                [x for x, needed in zip(inputs, needs, strict=True) if needed],
+                [grad for _, grad in depend],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
         )
+        return tuple(next(found) if needed else None for needed in needs)
 
     return backward

@@ -6,6 +6,8 @@ third as long again as its computation: the chain takes it once for all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,4 +68,10 @@ def _fake(input: Tensor, tensors: list[Tensor], program: list[int], eps: list[fl
     return results[-1]
 
 
-register_op("conv_chain", _fake)
+def _backward(ctx: Any, dy: Tensor) -> None:
+    raise RuntimeError(
+        "fastres::conv_chain has no derivative: call conv_bn_relu for each unit, which has one"
+    )
+
+
+register_op("conv_chain", _fake, _backward)

@@ -52,16 +52,17 @@ def _recompute(node: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, .
 
     What is saved is unpacked once, which is all that `torch.utils.checkpoint` allows.
     """
-    if node.recomputed is None:
+    # With a graph for a second derivative, or without.
+    graph = torch.is_grad_enabled()
+    if node.recomputed is None or (graph and not node.recomputed[0].requires_grad):
         saved = node.saved_tensors
         z, mean, var, weight, bias, residual, r_mean, r_var, r_weight, r_bias = saved
         if node.shortcut is not None:
             residual = output_of(node.shortcut)
-        with torch.no_grad():
-            y = torch.ops.fastres.bn_add_relu(
-                z, mean, var, weight, bias, node.eps,
-                residual, r_mean, r_var, r_weight, r_bias, node.residual_eps, node.relu,
-            )  # fmt: skip
+        y = torch.ops.fastres.bn_add_relu(
+            z, mean, var, weight, bias, node.eps,
+            residual, r_mean, r_var, r_weight, r_bias, node.residual_eps, node.relu,
+        )  # fmt: skip
         node.recomputed = y, residual, saved
     result: tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]] = node.recomputed
     return result

@@ -14,12 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHANNELS_LAST = torch.channels_last
-
 
 def parameter_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of the vectors beside `tensor`: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def in_transform() -> bool:
+    """Whether this is a call of a function that torch.func transforms (grad, vmap, jvp, ...)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in the layout of every op's result; as it is where vmap knows of no layouts."""
+    return x if in_transform() else x.contiguous(memory_format=torch.channels_last)
 
 
 def _column(vector: Tensor) -> Tensor:
@@ -61,11 +69,11 @@ def _mask(dy: Tensor, y: Tensor) -> Tensor:
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     total = input.to(parameter_dtype(input)) + residual.to(parameter_dtype(input))
-    return F.relu(total).to(input.dtype).contiguous(memory_format=_CHANNELS_LAST)
+    return channels_last(F.relu(total).to(input.dtype))
 
 
 def add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-    return _mask(dy, y).contiguous(memory_format=_CHANNELS_LAST)
+    return channels_last(_mask(dy, y))
 
 
 def bn_add_relu(
@@ -93,7 +101,7 @@ def bn_add_relu(
             )
     if relu:
         y = F.relu(y)
-    return y.to(z.dtype).contiguous(memory_format=_CHANNELS_LAST)
+    return channels_last(y.to(z.dtype))
 
 
 def bn_add_relu_backward(
@@ -119,7 +127,7 @@ def bn_add_relu_backward(
     if residual is None:
         return (*grads, z.new_empty(0), empty, empty.clone(), empty.clone(), empty.clone())
     if residual_mean is None or residual_var is None:
-        copy = masked.clone(memory_format=_CHANNELS_LAST)
+        copy = channels_last(masked.clone())
         return (*grads, copy, empty, empty.clone(), empty.clone(), empty.clone())
     dres, dr_mean, dr_var, dr_weight, dr_bias = _affine_backward(
         g, residual, residual_mean, residual_var, residual_weight, residual_eps
@@ -130,7 +138,7 @@ def bn_add_relu_backward(
 
 
 def _as_result(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype).contiguous(memory_format=_CHANNELS_LAST)
+    return channels_last(x.to(like.dtype))
 
 
 def _before_pool(
@@ -297,7 +305,7 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     a = _prologue(input, in_mean, in_var, in_weight, in_bias, in_eps)
     z = F.conv2d(a, weight, None, stride, padding, dilation, groups)
-    z = z.contiguous(memory_format=_CHANNELS_LAST)
+    z = channels_last(z)
     exact = z.to(parameter_dtype(z))
     if z.numel() == 0:
         zero = exact.new_zeros(z.shape[1])
@@ -357,6 +365,8 @@ def conv_stats_backward(
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:
     """The layout of a gradient of `weight`: channels_last only where `weight` has no other."""
-    if weight.is_contiguous() or not weight.is_contiguous(memory_format=_CHANNELS_LAST):
+    if weight.is_contiguous() or in_transform():
         return torch.contiguous_format
-    return _CHANNELS_LAST
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
