@@ -39,8 +39,8 @@ class PackedWeights:
 
     def get(self, conv: Any, weight: Tensor, size: tuple[int, int, int]) -> Tensor | None:
         """The packed form of ``weight`` for inputs of (N, H, W) ``size``, made if out of date."""
-        if weight.is_inference():
-            return None  # has no version counter: a change could not be seen
+        if weight.is_inference() or "_is_fsdp_managed_module" in conv.__dict__:
+            return None  # without a version, or gathered into the same: a change can't be seen
         key = (
             weight.data_ptr(),
             weight._version,
