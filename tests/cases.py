@@ -36,10 +36,14 @@ class Conv:
         return 2 * self.n * self.out * self.out * self.c_out * taps
 
     @property
+    def winograd(self) -> bool:
+        """Whether Winograd's algorithms can compute it."""
+        return self.kernel == 3 and self.stride == 1 and self.c_in % 16 == self.c_out % 16 == 0
+
+    @property
     def factor(self) -> float:
         """How many times torch's own error fastres's may be: F(4,3) rounds more."""
-        winograd = self.kernel == 3 and self.stride == 1
-        return 4.0 if winograd and self.c_in % 16 == self.c_out % 16 == 0 else 2.0
+        return 4.0 if self.winograd else 2.0
 
     def batch(self, n: int) -> Conv:
         return replace(self, n=n)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -11,20 +13,37 @@ import torch.nn.functional as F
 from algorithms import AMX
 from torch import Tensor
 
-import fastres  # noqa: F401 (registers the ops)
 from cases import ODD_CONVS, RESNET_CONVS, Conv
+from fastres import _C
 from fastres.ops import conv_bn_relu, conv_stats, pack_conv_weight, reference
 from running import on_other_instruction_sets, run_tests
 from tolerances import assert_within_twice, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By what they are: on small pictures much of the two families is the same.
 SMALL_RESNET_CONVS = tuple(
-    case.at(min(case.size, 30 if case.kernel == 7 else 14)) for case in RESNET_CONVS
+    {
+        replace(case, name=""): case
+        for case in (c.at(min(c.size, 30 if c.kernel == 7 else 14)) for c in RESNET_CONVS)
+    }.values()
 )
+WINOGRAD = ("winograd4", "winograd2")
+ALGORITHMS = (*WINOGRAD, "amx", "packed", "aten")
 
 
-@pytest.fixture(params=["winograd4", "winograd2", AMX, "packed", "aten"])
+def on_every_algorithm(cases: Sequence[Conv]) -> pytest.MarkDecorator:
+    """Each case with each algorithm; with Winograd's where they can compute it.
+
+    Where they can't, naming one is naming the direct algorithm, which is there already.
+    """
+    pairs = [(c, a) for c in cases for a in ALGORITHMS if c.winograd or a not in WINOGRAD]
+    return pytest.mark.parametrize(("case", "algorithm"), pairs, ids=str, indirect=["algorithm"])
+
+
+@pytest.fixture(params=ALGORITHMS)
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "amx" and _C.cpu_capability() != "amx":
+        pytest.skip("AMX is not in use")
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
     return request.param
 
@@ -60,7 +79,7 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.dtype = dtype
+        self.case, self.dtype = case, dtype
         exact_algorithm = os.environ.get("FASTRES_CPU_ALGORITHM") in (
             "winograd2",
             "amx",
@@ -105,11 +124,26 @@ def double(x: Tensor) -> Tensor:
     return x.double()
 
 
-def check_inference(problem: Problem, residual: bool, **kwargs) -> None:
-    actual = problem.inference(conv_bn_relu, same, residual, **kwargs)
-    kwargs.pop("packed", None)
-    exact = problem.inference(reference.conv_bn_relu, double, residual, **kwargs)
-    theirs = problem.inference(reference.conv_bn_relu, same, residual, **kwargs)
+@lru_cache(maxsize=64)  # the same for all algorithms
+def inference_results(case: Conv, dtype: torch.dtype, residual: bool, relu: bool) -> list[Tensor]:
+    """The exact result, and torch's."""
+    problem = Problem(case, dtype)
+    return [
+        problem.inference(reference.conv_bn_relu, convert, residual, relu=relu)
+        for convert in (double, same)
+    ]
+
+
+@lru_cache(maxsize=64)
+def training_results(case: Conv, dtype: torch.dtype, prologue: bool) -> list[tuple[Tensor, ...]]:
+    """The exact results, and torch's."""
+    problem = Problem(case, dtype)
+    return [problem.training(reference.conv_stats, convert, prologue) for convert in (double, same)]
+
+
+def check_inference(problem: Problem, residual: bool, relu: bool = True) -> None:
+    actual = problem.inference(conv_bn_relu, same, residual, relu=relu)
+    exact, theirs = inference_results(problem.case, problem.dtype, residual, relu)
     assert actual.dtype == problem.dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert_within_twice(actual, theirs, exact, "conv_bn_relu", problem.factor)
@@ -117,8 +151,7 @@ def check_inference(problem: Problem, residual: bool, **kwargs) -> None:
 
 def check_training(problem: Problem, prologue: bool) -> None:
     actual = problem.training(conv_stats, same, prologue)
-    exact = problem.training(reference.conv_stats, double, prologue)
-    theirs = problem.training(reference.conv_stats, same, prologue)
+    exact, theirs = training_results(problem.case, problem.dtype, prologue)
     assert actual[0].dtype == problem.dtype
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
     assert_within_twice(actual[0], theirs[0], exact[0], "z", problem.factor)
@@ -129,15 +162,15 @@ def check_training(problem: Problem, prologue: bool) -> None:
     assert ours_error <= problem.factor * their_error + 2e-7 * size
 
 
-@pytest.mark.parametrize("case", SMALL_RESNET_CONVS, ids=str)
+@on_every_algorithm(SMALL_RESNET_CONVS)
 def test_resnet_shapes(case: Conv, algorithm: str) -> None:
     problem = Problem(case.batch(2), torch.float32)
     check_inference(problem, residual=True)
     check_training(problem, prologue=case.c_in > 3)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("case", ODD_CONVS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_algorithm(ODD_CONVS)
 def test_odd_shapes(case: Conv, dtype: torch.dtype, algorithm: str, threads: int) -> None:
     problem = Problem(case, dtype)
     for flag in (False, True):
@@ -145,8 +178,16 @@ def test_odd_shapes(case: Conv, dtype: torch.dtype, algorithm: str, threads: int
         check_training(problem, prologue=flag)
 
 
+@pytest.mark.parametrize("case", ODD_CONVS, ids=str)
+def test_odd_shapes_in_float64(case: Conv) -> None:
+    problem = Problem(case, torch.float64)
+    for flag in (False, True):
+        check_inference(problem, residual=flag, relu=flag)
+        check_training(problem, prologue=flag)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", SMALL_RESNET_CONVS[::3], ids=str)
+@on_every_algorithm(SMALL_RESNET_CONVS[::3])
 def test_resnet_shapes_in_16_bit(case: Conv, dtype: torch.dtype, algorithm: str) -> None:
     problem = Problem(case, dtype)
     check_inference(problem, residual=True)
