@@ -18,7 +18,7 @@ def well_conditioned(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     block_ends = [getattr(m, "bn3", m.bn2) for m in model.modules() if hasattr(m, "bn2")]
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             channels = module.num_features
             off = torch.arange(channels) % 4 == 3
             shift = 6 + torch.rand(channels, generator=generator)

@@ -20,6 +20,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile Triton's kernels in every combination that ships (20 minutes)",
     )
+    parser.addoption(
+        "--write-matrix",
+        type=Path,
+        metavar="PAGE",
+        help="run the tests marked fits_in alone and write docs/matrix.md's page of their outcomes",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    page = config.getoption("--write-matrix")
+    if page is not None:
+        import matrix
+
+        config.pluginmanager.register(matrix.Writer(page))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

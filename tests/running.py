@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from fastres import _C
+
+MINUTES = 10  # a process that waits for one that is gone must not wait for ever
 
 
 def in_threads(count: int, work: Callable[[int], bool]) -> list[int]:
@@ -56,3 +60,23 @@ def run_tests(file: str, select: str, isa: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def in_two(path: Path, *arguments: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of both processes, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(path), *arguments],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60 * MINUTES) for process in processes]
+    return [(p.returncode, *text) for p, text in zip(processes, said, strict=True)]

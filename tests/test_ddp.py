@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from fastres.data.shares import share_of
 from fastres.train import checkpoint
 from fastres.train import run as run_state
+from running import MINUTES, in_two
 
 # 50 images for training in batches of 15: neither these nor the last 5 can be halved.
 SCRIPT = """
@@ -25,10 +24,16 @@ from fastres import cli, data
 from fastres.train import loop
 from fastres.train import run as run_state
 
+sys.path.insert(0, TESTS)
+from tiny_resnets import by_fastres, plain_resnet
+
 torch.set_num_threads(1)
 # In float64: a run in float32 doubles its rounding errors with every few steps.
-build, read = run_state.build_model, data.Batches.iterate
-run_state.build_model = lambda *arguments: build(*arguments).double()
+def build(name, arguments):
+    return by_fastres(plain_resnet(classes=arguments["num_classes"])).double()
+
+read = data.Batches.iterate
+run_state.build_model = build
 data.Batches.iterate = lambda self, first=0: ((x.double(), y) for x, y in read(self, first))
 whole = data.sample()
 few = data.Dataset(whole.train[torch.arange(63)], whole.test[torch.arange(20)])
@@ -52,59 +57,13 @@ WORDS = """
     --device cpu --out
 """
 SETTINGS = WORDS.split()
-# One step of two processes against the same step of one, in float64.
-ONE_STEP = """
-import copy
-import torch
-import torch.nn.functional as F
-import fastres
-from fastres.data.shares import share_of
-from fastres.train.distributed import connect
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-x = torch.randn(5, 3, 16, 16, dtype=torch.float64) * 3 + 2
-y = torch.arange(5)
-alone = fastres.resnet18(fused=True, stem="cifar", num_classes=5).double()
-model = copy.deepcopy(alone)
-F.cross_entropy(alone(x), y).backward()
-with connect("cpu") as (processes, device):
-    mine = share_of(0, 5, (processes.rank, processes.size))
-    wrapped = processes.wrap(model, sync_bn=True)
-    processes.weigh(F.cross_entropy)(wrapped(x[mine]), y[mine]).backward()
-assert mine.stop - mine.start == (2, 3)[processes.rank]
-for p, q in zip(model.parameters(), alone.parameters(), strict=True):
-    torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
-for p, q in zip(model.buffers(), alone.buffers(), strict=True):
-    torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-"""
-MINUTES = 10  # a process that waits for one that is gone must not wait for ever
+TESTS = Path(__file__).parent
 
 
 def script(folder: Path, extra: str = "") -> Path:
     path = folder / "script.py"
-    path.write_text(SCRIPT.replace("EXTRA", extra))
+    path.write_text(SCRIPT.replace("EXTRA", extra).replace("TESTS", repr(str(TESTS))))
     return path
-
-
-def in_two(path: Path, *arguments: str) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of both processes, started as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), *arguments],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=60 * MINUTES) for process in processes]
-    return [(p.returncode, *text) for p, text in zip(processes, said, strict=True)]
 
 
 def history(out: Path) -> list[dict[str, Any]]:
@@ -134,14 +93,6 @@ def test_shares_are_the_batch(start: int, stop: int, size: int) -> None:
     assert positions == list(range(start, stop))
     lengths = [share.stop - share.start for share in taken]
     assert max(lengths) - min(lengths) <= 1
-
-
-def test_step_of_two_is_the_step_of_one(tmp_path: Path) -> None:
-    """Gradients and running statistics, with other numbers of images in the two."""
-    path = tmp_path / "one_step.py"
-    path.write_text(ONE_STEP)
-    for code, _, error in in_two(path):
-        assert code == 0, error
 
 
 def test_two_processes_give_the_curve_of_one(together: tuple[Path, str], tmp_path: Path) -> None:

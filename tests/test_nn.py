@@ -7,45 +7,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastres import models, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
 from fastres.nn import PackedWeights, Pending, finish, max_pool
+from recording import FastresOps, convolutions_of, ops_of
 from running import in_threads
 from tolerances import assert_within_twice
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
-
-
-class FastresOps(TorchDispatchMode):
-    """Records the fastres ops that are called, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastres":
-            self.calls.append((func._schema.name.removeprefix("fastres::"), args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self):
-        return [name for name, _ in self.calls if name != "pack_conv_weight"]
-
-
-def ops_of(module, x):
-    """Names of the ops of one forward; packing apart."""
-    with FastresOps() as recorded:
-        module(x)
-    return recorded.names
-
-
-def convolutions_of(module, x):
-    """How many convolutions of one forward are fused."""
-    return sum(name in ("conv_stats", "conv_bn_relu") for name in ops_of(module, x))
 
 
 def pair(block=BasicBlock, *, project=True, dtype=torch.float64, **norm):
