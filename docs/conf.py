@@ -12,7 +12,6 @@ assert found is not None
 version = release = found[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-suppress_warnings = ["toc.empty_glob"]  # of pages that a test run writes
 exclude_patterns = ["_templates"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 3
