@@ -172,6 +172,8 @@ packages = ["fastres.kernels", "fastres"] + [
 onnx = ["onnx", "onnxscript", "onnxruntime"]
 # What `fastres train --tensorboard` needs.
 tensorboard = ["tensorboard"]
+# Whose models `fastres.fuse_model` is tested and measured with.
+models = ["timm>=1.0", "transformers>=4.46"]
 test = [
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -180,8 +182,10 @@ test = [
     "cmake>=3.18",
     *onnx,
     *tensorboard,
+    *models,
 ]
 bench = [
+    *models,
     "pytest-benchmark>=4",
     "pytest>=8",
     *onnx,

@@ -2,23 +2,27 @@
 
 import copy
 import pickle
+import re
+from unittest import mock
 
 import pytest
 import torch
 import torchvision
 from conditioning import well_conditioned
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import fastres
+from fastres import ops
 from tolerances import largest_error, relative_error
 
 
 def resnet(block=BasicBlock, **arguments):
     """torchvision's without its wide stages, in which the tests would spend their time."""
-    model = torchvision.models.ResNet(block, [2, 1, 1, 1], **arguments)
+    model = torchvision.models.ResNet(block, [1, 1, 1, 1], **arguments)
     model.layer3, model.layer4 = nn.Identity(), nn.Identity()
     model.fc = nn.Linear(128 * block.expansion, 10)
     return model
@@ -31,11 +35,53 @@ def backbone():
     return IntermediateLayerGetter(model, {"layer1": "0", "layer2": "1"})
 
 
+def regnet(**arguments):
+    with torch.device("cpu"):  # reads its sizes from tensors
+        blocks = torchvision.models.regnet.BlockParams.from_init_params(
+            depth=2, w_0=16, w_a=16, w_m=2.5, group_width=8, **arguments
+        )
+    return torchvision.models.RegNet(blocks, num_classes=10)
+
+
+def timm_resnet(block="BasicBlock", **arguments):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[test]'")
+    return timm.models.resnet.ResNet(
+        getattr(timm.models.resnet, block),
+        (2, 1, 1, 1),
+        channels=(64, 16, 16, 16) if block == "BasicBlock" else (16, 16, 16, 16),
+        num_classes=10,
+        **arguments,
+    )
+
+
+def timm_resnetv2():
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[test]'")
+    return timm.create_model("resnetv2_50", layers=(1, 1), channels=(32, 64), num_classes=10)
+
+
+def hugging_face(**arguments):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install -e '.[test]'"
+    )
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 1], "num_labels": 10}
+    config = transformers.ResNetConfig(**sizes, **arguments)
+    return transformers.ResNetForImageClassification(config)
+
+
 MODELS = {
+    "regnet x": regnet,
+    "regnet y": lambda: regnet(se_ratio=0.25),
+    "timm": timm_resnet,
+    "timm, d": lambda: timm_resnet("Bottleneck", stem_type="deep", stem_width=8, avg_down=True),
+    "timm, seresnext": lambda: timm_resnet(
+        "Bottleneck", cardinality=4, base_width=8, block_args={"attn_layer": "se"}
+    ),
+    "timm, resnetv2": timm_resnetv2,
+    "hugging face": hugging_face,
+    "hugging face, basic": lambda: hugging_face(layer_type="basic"),
     "resnet": resnet,
     "resnet, bottleneck": lambda: resnet(Bottleneck),
     "resnext": lambda: resnet(Bottleneck, groups=4, width_per_group=4),
-    "wide resnet": lambda: resnet(Bottleneck, width_per_group=128),
     "frozen": lambda: resnet(norm_layer=FrozenBatchNorm2d),
     "detection": backbone,
 }
@@ -111,7 +157,42 @@ def test_answers_gradients_and_statistics(name, train):
             assert found <= factor * yardstick + floor, key
 
 
-@pytest.mark.parametrize("name", MODELS)
+# By kind: conv + bn + relu, conv + bn + add + relu, conv + bn, add + relu; then the layers left.
+COUNTS = {
+    "regnet x": (5, 2, 2, 0, 0),
+    "regnet y": (5, 2, 2, 0, 4),
+    "timm": (6, 5, 3, 0, 0),
+    "timm, d": (13, 5, 4, 0, 0),
+    "timm, seresnext": (11, 3, 5, 2, 10),
+    "timm, resnetv2": (4, 0, 0, 0, 9),
+    "hugging face": (7, 3, 1, 0, 0),
+    "hugging face, basic": (4, 3, 1, 0, 0),
+    "resnet": (3, 2, 1, 0, 0),
+    "resnet, bottleneck": (5, 2, 2, 0, 0),
+    "detection": (3, 2, 1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_report_says_what_was_fused_and_what_was_not(name):
+    model, _ = build(name)
+    report = fastres.fuse_model(model).fastres_report
+    kinds = [unit.kind for unit in report.fused]
+    names = ("conv + bn + relu", "conv + bn + add + relu", "conv + bn", "add + relu")
+    assert (*(kinds.count(kind) for kind in names), len(report.left)) == COUNTS[name]
+    mentioned = {layer for unit in report.fused for layer in unit.layers}
+    left = {layer.name for layer in report.left}
+    assert not mentioned & left
+    assert mentioned | left >= {
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | FrozenBatchNorm2d)
+    }
+    assert all(layer.reason for layer in report.left)
+    assert str(report).startswith(f"{len(kinds)} units fused, {len(left)} layers left")
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm, d", "hugging face", "frozen"])
 def test_the_model_keeps_all_it_holds(name):
     model, _ = build(name)
     names = list(model.state_dict())
@@ -135,13 +216,18 @@ def test_the_model_keeps_all_it_holds(name):
         assert isinstance(module, cls)
 
 
-@pytest.mark.parametrize("name", ["resnet", "frozen"])
+@pytest.mark.parametrize("name", ["resnet", "timm", "hugging face"])
 def test_copies_and_pickles_stay_fused(name):
     model, x = build(name)
     fused = fastres.fuse_model(model).eval()
+    (expected,) = tensors_of(fused(x))
+    classes = [type(module) for module in fused.modules()]
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert torch.equal(copied(x), fused(x))
+        assert relative_error(tensors_of(copied(x))[0], expected) < 1e-6
         assert copied.fastres_report == fused.fastres_report
+        assert [type(module) for module in copied.modules()] == classes
+    again = fastres.fuse_model(fused, inplace=True)
+    assert [type(module) for module in again.modules()] == classes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -171,3 +257,246 @@ def test_frozen_batch_norms_give_the_dtype_that_they_gave(dtype, autocast):
 def test_a_bad_argument_is_named(arguments, message):
     with pytest.raises(TypeError, match=f"fuse_model: {message}"):
         fastres.fuse_model(*arguments)
+
+
+# ---- blocks that somebody else wrote
+
+
+class Unit(nn.Module):
+    def __init__(self, c_in, c_out, activation=None):
+        super().__init__()
+        self.c = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.n = nn.BatchNorm2d(c_out)
+        self.a = activation or nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.a(self.n(self.c(x)))
+
+
+class Block(nn.Module):
+    """A residual block of containers, with a switch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Unit(8, 8), Unit(8, 8, nn.Identity()))
+        self.drop = nn.Identity()
+        self.last = nn.ReLU()
+        self.scale = 1.0
+
+    def forward(self, x):
+        out = self.drop(self.body(x)) * self.scale if self.scale != 1.0 else self.body(x)
+        return self.last(out + self.drop(x))
+
+
+class Functional(Block):
+    def forward(self, x):
+        out = F.relu(self.body[0].n(self.body[0].c(x)), inplace=True)
+        return torch.add(x, self.body[1].n(self.body[1].c(out))).relu()
+
+
+class Broadcast(Block):
+    def forward(self, x):
+        out = self.body[0].n(self.body[0].c(x))
+        return F.relu(out + x.mean((2, 3), keepdim=True))
+
+
+class BroadcastOnly(Block):
+    def forward(self, x):
+        return self.last(self.body[0](x) + x.mean((2, 3), keepdim=True))
+
+
+class TwoUses(Block):
+    def forward(self, x):
+        z = self.body[0].n(self.body[0].c(x))
+        return self.last(z) + z
+
+
+class InPlace(Block):
+    """What the convolution reads changes after it, before its unit ends."""
+
+    def forward(self, x):
+        x = x * 1
+        z = self.body[0].c(x)
+        x += 1
+        return self.last(self.body[0].n(z)) + x
+
+
+class Sum(Block):
+    """The sum goes into a tensor that is read again."""
+
+    def forward(self, x):
+        out = self.body[0](x)
+        y = out
+        out += x
+        return self.last(out) + y
+
+
+OTHERS = {
+    "block": (Block, 2),
+    "functions": (Functional, 2),
+    "broadcast": (Broadcast, 1),
+    "broadcast add and relu": (BroadcastOnly, 2),
+    "two uses": (TwoUses, 1),
+    "swish": (lambda: nn.Sequential(Unit(8, 8, nn.SiLU(inplace=True))), 1),
+    "bias": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), 1),
+    "momentum": (
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8, momentum=None)),
+        1,
+    ),
+}
+
+
+def randomised(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.running_var):
+                nn.init.uniform_(value, 0.5, 2)
+            for value in (module.bias, module.running_mean):
+                nn.init.uniform_(value, -1, 1)
+    return model
+
+
+def assert_same_steps(model, fused, x):
+    for train in (False, True):
+        theirs, ours = step(model, x, train), step(fused, x, train)
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_blocks_that_others_wrote(kind):
+    make, units = OTHERS[kind]
+    model = randomised(make()).double()
+    fused = fastres.fuse_model(model)
+    assert len(fused.fastres_report.fused) >= units
+    assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [InPlace, Sum])
+def test_what_changes_in_place_is_seen(kind):
+    model, x = randomised(kind()).double().eval(), torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fastres.fuse_model(model)(x), model(x))
+
+
+class ManyArguments(Unit):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class Branch(Unit):
+    def forward(self, x):
+        return super().forward(x) if x.shape[0] > 1 else x
+
+
+class Draws(Unit):
+    def forward(self, x):
+        return super().forward(x) if torch.rand(()) < 2 else x
+
+
+class Differs(Unit):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.0, self.training))
+
+
+class Counts(Unit):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ManyArguments, "takes more than one argument"),
+        (Branch, "can't be traced"),
+        (Draws, "draws random numbers|can't be traced"),
+        (Differs, "does different things in training and in evaluation"),
+        (Counts, "sets the attribute 'calls'"),
+    ],
+)
+def test_what_has_no_graph_is_left_with_the_reason(kind, reason):
+    model = nn.Sequential(randomised(kind(8, 8))).double()
+    fused = fastres.fuse_model(model)
+    assert not fused.fastres_report.fused
+    assert {layer.name for layer in fused.fastres_report.left} == {"0.c", "0.n"}
+    for layer in fused.fastres_report.left:
+        assert re.search(reason, layer.reason)
+    assert "calls" not in model[0].__dict__
+    assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+CHANGES = {
+    "hook on a layer": lambda m: hook(m.body[0].c),
+    "hook on a container": lambda m: hook(m.body[1]),
+    "hook on a Sequential": lambda m: hook(m.body),
+    "hook on what does nothing": lambda m: hook(m.drop),
+    "pre-hook": lambda m: m.body.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "attribute": lambda m: setattr(m, "scale", 2.0),
+    "other module": lambda m: setattr(m, "drop", nn.Tanh()),
+    "other activation": lambda m: setattr(m.body[0], "a", nn.Tanh()),
+    "other container": lambda m: m.body.__setitem__(0, nn.Identity()),
+    "longer": lambda m: m.body.append(nn.Tanh()),
+    "patched": lambda m: setattr(m.body[0], "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_afterwards_counts(change):
+    model = randomised(Block()).double()
+    fused = fastres.fuse_model(model)
+    CHANGES[change](model)
+    CHANGES[change](fused)
+    assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
+
+
+def test_layers_that_hooks_watch_say_so():
+    model = Block()
+    hook(model.body[0].n)
+    notes = [unit.note for unit in fastres.fuse_model(model).fastres_report.fused]
+    assert notes == ["as its own modules while something is attached to body.0.n", ""]
+
+
+# ---- what torch makes of a fused model
+
+
+@pytest.mark.parametrize(("name", "units"), [("timm", [13]), ("hugging face", [6])])
+def test_without_gradients_blocks_are_one_call(name, units):
+    model, x = build(name)
+    fused = fastres.fuse_model(model).eval()
+    expected = tensors_of(fused(x))[0]
+    with mock.patch.object(ops, "conv_chain", wraps=ops.conv_chain) as chain, torch.no_grad():
+        (actual,) = tensors_of(fused(x))
+    assert [len(call.args[3]) for call in chain.call_args_list] == units
+    assert relative_error(actual, expected) < 1e-6
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
+@pytest.mark.parametrize("name", ["resnet", "timm"])
+def test_torchscript_compile_and_export(name):
+    model, x = build(name)
+    fused = fastres.fuse_model(model).eval()
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = fused(x)
+        frozen = torch.jit.freeze(torch.jit.script(fused))
+        assert "aten::batch_norm" not in str(frozen.inlined_graph)
+        batch = torch.export.Dim("batch", min=1, max=8)
+        exported = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},))
+        for other in (
+            frozen,
+            torch.jit.trace(fused, x),
+            torch.compile(fused, fullgraph=True, backend="aot_eager"),
+            exported.module(),
+        ):
+            assert relative_error(other(x), expected) < 1e-5
+    fused.train()
+    scripted = torch.jit.script(copy.deepcopy(fused))
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(scripted(x), fused(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-3, atol=1e-3)
+    torch.compiler.reset()

@@ -7,17 +7,20 @@ forward calls the fused ops with the layers that the module owns.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet as torchvision_resnet
 
 from ..models.resnet import FusedBasicBlock, FusedBottleneck, FusedResNet, ResNet
-from ..nn import PackedWeights
-from ..nn.conv_bn import as_conv_bn, fuses
-from ..nn.norm import KINDS
+from ..nn import FusedUnits, PackedWeights
+from ..nn.conv_bn import is_untouched
+from ..nn.norm import FROZEN, know_timm
+from .build import Graphs, become_region
+from .patterns import layers_of
+from .region import Region
 from .report import FusedUnit, FuseReport, LeftLayer
 
 # The classes that fastres has a fused form of: each a subclass with the same attributes.
@@ -33,11 +36,14 @@ def fuse_model(model: nn.Module, inplace: bool = False) -> Any:
     """Compute a model's Conv2d -> BatchNorm2d -> ReLU units and residual adds by the fused ops.
 
     Answers, parameters (the same tensors under the same names), state_dict, hooks, `train()` and
-    `eval()` stay what they are. Where something is attached to a layer, that layer runs as its own
-    modules; so does everything that the report says was left.
+    `eval()` stay what they are: modules that call units get a class of their own, a subclass of
+    what they had. Where something is attached to a layer or its container, or changed, after this,
+    these run as their own modules; so does everything that the report says was left. Results of
+    fused units are channels_last.
 
     Args:
-        model: any module; torchvision's ResNet, ResNeXt, Wide ResNet ...
+        model: any module: torchvision's, timm's and Hugging Face's ResNets and their like, the
+            backbones of detection models, your own.
         inplace: change `model` itself and return it; otherwise a copy is fused and returned.
 
     Returns:
@@ -51,15 +57,26 @@ def fuse_model(model: nn.Module, inplace: bool = False) -> Any:
     _check(model, inplace)
     if not inplace:
         model = copy.deepcopy(model)
-    for module in model.modules():
-        fused = FUSED_CLASSES.get(type(module))
-        if fused is not None:
-            module.__class__ = fused
-            module._packed = PackedWeights()
+    know_timm()
+    graphs = Graphs()
+    names = {module: name for name, module in model.named_modules()}
+    for module in reversed(names):  # children before their parents
+        _fuse(module, graphs)
+    model.fastres_report = _report(model, graphs, names)
+    return model
+
+
+def _fuse(module: Any, graphs: Graphs) -> None:
+    """Give a module another class, if it calls units."""
+    fused = FUSED_CLASSES.get(type(module))
+    if fused is None:
+        if not isinstance(module, Region | FusedUnits):
+            become_region(module, graphs)
+    elif graphs.units(module):
+        module.__class__ = fused
+        module._packed = PackedWeights()
         if fused is FusedResNet:
             module.keep_last_stage()
-    model.fastres_report = _report(model)
-    return model
 
 
 def _check(model: object, inplace: object) -> None:
@@ -81,28 +98,30 @@ def _check(model: object, inplace: object) -> None:
         raise TypeError(f"fuse_model: inplace is {inplace!r}; expected True or False")
 
 
-def _report(model: nn.Module) -> FuseReport:
+def _report(model: nn.Module, graphs: Graphs, names: dict[nn.Module, str]) -> FuseReport:
     fused: list[FusedUnit] = []
-    found: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if type(module) in FUSED_CLASSES.values():
-            for unit in _units(module):
-                layers = tuple(f"{name}.{layer}".removeprefix(".") for layer in unit)
-                found.update(model.get_submodule(layer) for layer in layers)
-                fused.append(FusedUnit(layers, "conv + bn"))
-    left = [
-        LeftLayer(name, "is in no unit that the fused ops compute")
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, *KINDS)) and module not in found
-    ]
-    return FuseReport(tuple(fused), tuple(left))
+    found: set[str] = set()  # a ReLU may be that of several units
+    for module, prefix in names.items():
+        for unit in graphs.units(module):
+            layers = tuple(f"{prefix}.{name}".removeprefix(".") for name in layers_of(unit))
+            if layers[0] not in found:
+                fused.append(FusedUnit(layers, unit.kind, _note(model, layers)))
+                found.update(layers[: 2 if unit.conv else 0])
+    left = tuple(
+        LeftLayer(name, graphs.why_left(model, name))
+        for module, name in names.items()
+        if (isinstance(module, nn.Conv2d | _BatchNorm) or type(module) in FROZEN)
+        and name not in found
+    )
+    return FuseReport(tuple(fused), left)
 
 
-def _units(module: Any) -> Iterator[tuple[str, str]]:
-    for conv, bn in module.unit_names():
-        if fuses(module._modules[conv], module._modules[bn]):
-            yield conv, bn
-    pair = as_conv_bn(module._modules.get("downsample"))
-    if pair is not None and fuses(*pair):
-        conv, bn = module.downsample._modules
-        yield f"downsample.{conv}", f"downsample.{bn}"
+def _note(model: nn.Module, layers: tuple[str, ...]) -> str:
+    modules: list[Any] = [model.get_submodule(name) for name in layers]
+    for name, module in zip(layers, modules, strict=True):
+        if not is_untouched(module, type(module)):
+            return f"as its own modules while something is attached to {name}"
+    conv = modules[0]
+    if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+        return "in training as its own modules: the convolution has a bias"
+    return ""

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .chain import Deferred
-from .norm import KINDS, affine, is_frozen, uses_batch_statistics
+from .norm import ACTIVATED, FROZEN, affine, has_relu, is_frozen, uses_batch_statistics
 from .packed import PackedWeights
 from .sync import synchronised, synchronises
 
@@ -41,16 +41,37 @@ class Pending(NamedTuple):
 
 
 def conv_bn_relu(
-    conv: Module, bn: Module, relu: Module, x: Tensor | Pending | Deferred, packed: PackedWeights
+    conv: Module,
+    bn: Module,
+    relu: Module | None,
+    x: Tensor | Pending | Deferred,
+    packed: PackedWeights,
 ) -> Tensor | Pending | Deferred:
-    """``relu(bn(conv(x)))``, with BatchNorm and ReLU still pending if it uses batch statistics."""
+    """``relu(bn(conv(x)))``, with BatchNorm and ReLU still pending if it uses batch statistics.
+
+    ``relu`` is None where bn ends in one of its own.
+    """
     if isinstance(x, Deferred):
         return x.conv_bn(conv, bn, packed, relu=True)
-    if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
-        return relu(bn(conv(finish(x, relu=True))))
+    if not (fuses(conv, bn, x) and rectifies(bn, relu)):
+        out = bn(conv(finish(x, relu=True)))
+        return out if relu is None else relu(out)
     if uses_batch_statistics(bn):
         return _conv_stats(conv, bn, x)
     return _conv_bn(conv, bn, finish(x, relu=True), None, True, packed)
+
+
+def conv_bn(
+    conv: Module, bn: Module, x: Tensor | Pending | Deferred, packed: PackedWeights
+) -> Tensor | Pending | Deferred:
+    """``bn(conv(x))``, with BatchNorm still pending if it uses batch statistics."""
+    if isinstance(x, Deferred):
+        return x.conv_bn(conv, bn, packed, relu=False)
+    if not fuses(conv, bn, x) or has_relu(bn):
+        return bn(conv(finish(x, relu=True)))
+    if uses_batch_statistics(bn):
+        return _conv_stats(conv, bn, x)
+    return _conv_bn(conv, bn, finish(x, relu=True), None, False, packed)
 
 
 def conv_bn_add_relu(
@@ -68,7 +89,7 @@ def conv_bn_add_relu(
     """
     if isinstance(x, Deferred):
         return x.conv_bn(conv, bn, packed, relu=True, residual=shortcut)
-    if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)):
+    if not (fuses(conv, bn, x) and is_untouched(relu, nn.ReLU)) or has_relu(bn):
         return relu(bn(conv(finish(x, relu=True))) + finish(shortcut, relu=False))
     if uses_batch_statistics(bn):
         out = _conv_stats(conv, bn, x)
@@ -82,15 +103,10 @@ def project(
     """A block's shortcut: x itself, a 1x1 convolution with BatchNorm, or any other module."""
     if downsample is None:
         return x
-    if isinstance(x, Deferred):
-        conv, bn = downsample.children()
-        return x.conv_bn(conv, bn, packed, relu=False)
     pair = as_conv_bn(downsample)
-    if pair is None or not fuses(*pair, x):
+    if pair is None or _has_any_global_hook():
         return downsample(x)
-    if uses_batch_statistics(pair[1]):
-        return _conv_stats(*pair, x)
-    return _conv_bn(*pair, x, None, False, packed)
+    return conv_bn(*pair, x, packed)
 
 
 def finish(
@@ -148,7 +164,9 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
         is_untouched(conv, nn.Conv2d)
-        and any(is_untouched(bn, kind) for kind in KINDS)
+        and type(bn) in FROZEN
+        and is_untouched(bn, type(bn))
+        and (type(bn) not in ACTIVATED or _ends_plainly(bn))
         and conv.padding_mode == "zeros"
         and type(conv.padding) is tuple
         # Tools that take the parameters out of a module leave plain attributes behind.
@@ -161,6 +179,19 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
         and (conv._parameters["bias"] is None or not uses_batch_statistics(bn))
         and not is_watched()
         and not isinstance(x, Proxy)  # torch.fx: let its graph show the modules
+    )
+
+
+def rectifies(bn: Module, relu: Module | None) -> bool:
+    """Whether calling ``relu``, or what bn ends in where that is None, is ReLU and nothing else."""
+    return has_relu(bn) if relu is None else is_untouched(relu, nn.ReLU)
+
+
+def _ends_plainly(bn: Module) -> bool:
+    """Whether a BatchNorm with a ``drop`` and an ``act`` drops nothing and ends in ReLU at most."""
+    act, drop = bn._modules.get("act"), bn._modules.get("drop")
+    return is_untouched(drop, nn.Identity) and (
+        is_untouched(act, nn.ReLU) or is_untouched(act, nn.Identity)
     )
 
 

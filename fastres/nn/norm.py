@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+# By type: whether it uses its running statistics in training too, all it holds being buffers.
+FROZEN: dict[type[nn.Module], bool] = {
+    nn.BatchNorm2d: False,
+    nn.SyncBatchNorm: False,
+    FrozenBatchNorm2d: True,
+}
+# Those of timm's, which end in a `drop` and an `act` of their own.
+ACTIVATED: set[type[nn.Module]] = set()
+
+
+def know_timm() -> None:
+    """Take in timm's BatchNorms, where timm is in use."""
+    timm = sys.modules.get("timm.layers.norm_act")
+    for name, frozen in (("BatchNormAct2d", False), ("FrozenBatchNormAct2d", True)):
+        kind = getattr(timm, name, None)
+        if kind is not None:
+            FROZEN[kind] = frozen
+            ACTIVATED.add(kind)
+
 
 def is_frozen(bn: Any) -> bool:
     """Whether bn uses its running statistics in training too, all it holds being buffers."""
-    return type(bn) is FrozenBatchNorm2d
+    return FROZEN[type(bn)]
 
 
 def affine(bn: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -24,4 +44,6 @@ def uses_batch_statistics(bn: Any) -> bool:
     return not is_frozen(bn) and (bn.training or bn._buffers["running_mean"] is None)
 
 
-KINDS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+def has_relu(bn: Any) -> bool:
+    """Whether bn ends in a ReLU of its own."""
+    return type(bn) in ACTIVATED and type(bn.act) is nn.ReLU

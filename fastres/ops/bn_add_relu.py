@@ -173,9 +173,11 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     z, mean, var, weight, bias, eps, residual, r_mean, r_var, r_weight, r_bias, r_eps, relu = inputs
+    # Without ReLU nobody reads y, and who is given it may change it in place: z stands for it.
+    y = output if relu else z
     # The plain residual's values are not needed, only that there is one: y can stand for it.
-    kept = output if residual is not None and r_mean is None else residual
-    ctx.save_for_backward(output, z, mean, var, weight, kept, r_mean, r_var, r_weight)
+    kept = y if residual is not None and r_mean is None else residual
+    ctx.save_for_backward(y, z, mean, var, weight, kept, r_mean, r_var, r_weight)
     ctx.eps, ctx.residual_eps, ctx.relu = eps, r_eps, relu
     ctx.has_bias, ctx.has_residual_bias = bias is not None, r_bias is not None
 

@@ -193,9 +193,11 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, mean, var, bn_weight, _, eps = inputs[:8]
-    ctx.save_for_backward(input, weight, bias, mean, var, bn_weight, output)
     ctx.eps = eps
     ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.relu = inputs[9:14]
+    # Without ReLU nobody reads the output here, and who is given it may change it in place.
+    y = output if ctx.relu else None
+    ctx.save_for_backward(input, weight, bias, mean, var, bn_weight, y)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -206,13 +208,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_bn_bias, _, needs_residual, *_,
     ) = ctx.needs_input_grad  # fmt: skip
     masked = torch.ops.fastres.add_relu_backward(dy, y) if ctx.relu else dy
-    g = masked.to(parameter_dtype(y))
+    g = masked.to(parameter_dtype(dy))
     istd = torch.rsqrt(var + ctx.eps)
     scale = istd if bn_weight is None else istd * bn_weight
     dinput = dweight = dvar = dbn_weight = None
     if needs_input or needs_weight:
         dinput, dweight, _ = torch.ops.aten.convolution_backward(
-            (g * scale[:, None, None]).to(y.dtype), input, weight, None,
+            (g * scale[:, None, None]).to(dy.dtype), input, weight, None,
             ctx.stride, ctx.padding, ctx.dilation, False, [0, 0], ctx.groups,
             [needs_input, needs_weight, False],
         )  # fmt: skip
