@@ -108,7 +108,7 @@ class NinjaBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         includes = [
             f"-I{ROOT / 'csrc'}",
-            # Before torch's folder: the copy of it that torch 2.10 has there refuses the stable ABI.
+            # Before torch: the copy of it in torch 2.10 refuses the stable ABI.
             f"-isystem {pybind11.get_include()}",
             f"-isystem {torch / 'include'}",
             f"-isystem {torch / 'include/torch/csrc/api/include'}",
