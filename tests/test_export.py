@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastres
 from fastres import data, train
 from fastres import export as exporting
 from fastres.cli import main
@@ -174,6 +175,33 @@ class TestOnnx:
         assert runtime == f"onnx {onnx.__version__}'s reference"
         images = torch.randn(2, 3, 24, 24)
         assert relative_error(run(images), logits(best, images)) < 1e-5
+
+    @pytest.mark.parametrize("later", [False, True], ids=["fused", "fuse_model"])
+    def test_torch_exports_a_fused_model_by_itself(self, later: bool, tmp_path: Path) -> None:
+        onnx = pytest.importorskip("onnx")
+        ort = pytest.importorskip("onnxruntime")
+        model = half_a_resnet("resnet18", {"fused": not later, "num_classes": 4}).eval()
+        for value in model.state_dict().values():
+            if value.dim() > 1:
+                value.normal_(0, value[0].numel() ** -0.5)
+            elif value.is_floating_point():
+                value.uniform_(0.5, 1)
+        if later:
+            model = fastres.fuse_model(model)
+        model.maxpool = nn.MaxPool2d(3, 2, 1)
+        batch = torch.export.Dim("batch")
+        arguments = (torch.randn(2, 3, 24, 24),)
+        program = torch.onnx.export(model, arguments, dynamo=True, dynamic_shapes=({0: batch},))
+        assert program is not None
+        program.save(tmp_path / "model.onnx")
+        nodes = onnx.load(tmp_path / "model.onnx").graph.node
+        assert {node.domain for node in nodes} == {""}
+        session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        for n in (1, 5):
+            images = torch.randn(n, 3, 24, 24)
+            (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+            with torch.no_grad():
+                assert relative_error(torch.from_numpy(found), model(images)) < 1e-5
 
     def test_operators_outside_the_standard_are_refused(self, tmp_path: Path) -> None:
         onnx = pytest.importorskip("onnx")

@@ -2,23 +2,51 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastres
 from fastres import models
+from fastres.models.resnet import BasicBlock, FusedBasicBlock, FusedResNet
 from tolerances import relative_error
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
 fused_or_plain = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 
+FAMILY = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
 def build(name="resnet18", *, fused=True, stem="cifar", num_classes=10, **kwargs):
     """A model with running statistics that are not the initial ones."""
-    torch.manual_seed(0)
     with torch.device("meta"):  # the usual initialisation takes longer than the tests
         model = getattr(models, name)(fused=fused, stem=stem, num_classes=num_classes, **kwargs)
+    return with_values(model)
+
+
+def two_stages(kind):
+    """A model of two blocks, which takes less long to compile: ours, or torchvision's fused."""
+    with torch.device("meta"):
+        if kind == "fastres":
+            model = FusedResNet(FusedBasicBlock, [1, 1, 1, 1], stem="cifar")
+        else:
+            model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
+        model.layer3, model.layer4 = nn.Identity(), nn.Identity()
+        model.fc = nn.Linear(128, 4)
+    model = with_values(model)
+    return model if kind == "fastres" else fastres.fuse_model(model, inplace=True)
+
+
+ours_or_torchvisions = pytest.mark.parametrize("kind", ["fastres", "torchvision"])
+
+
+def with_values(model):
+    torch.manual_seed(0)
     model.to_empty(device="cpu")
     for key, value in model.state_dict().items():
         if value.dim() > 1:
@@ -47,7 +75,7 @@ def assert_same_answers(scripted, model, x):
 
 
 @fused_or_plain
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("name", FAMILY)
 def test_script_freeze_save_load(name, fused):
     model = build(name, fused=fused).eval()
     x = torch.randn(2, 3, 16, 16)
@@ -55,12 +83,13 @@ def test_script_freeze_save_load(name, fused):
     assert_same_answers(saved_and_loaded(scripted), model, x)
 
 
-@fused_or_plain
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("resnet18", False), *((name, True) for name in FAMILY)]
+)
 def test_trace_freeze_save_load(name, fused):
     model = build(name, fused=fused).eval()
     x = torch.randn(2, 3, 16, 16)
-    frozen = torch.jit.freeze(torch.jit.trace(model, x))
+    frozen = torch.jit.freeze(torch.jit.trace(model, x, check_trace=False))
     assert_same_answers(saved_and_loaded(frozen), model, torch.randn(3, 3, 20, 16))
     if fused:
         graph = str(frozen.inlined_graph)
@@ -75,8 +104,9 @@ def test_script_with_every_stem_and_shortcut(stem, shortcut):
     assert_same_answers(torch.jit.script(model), model, torch.randn(2, 3, 32, 32))
 
 
-@fused_or_plain
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("resnet18", False), *((name, True) for name in FAMILY)]
+)
 def test_script_in_train_mode(name, fused):
     model = build(name, fused=fused).train()
     scripted = torch.jit.script(copy.deepcopy(model))
@@ -173,10 +203,10 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def assert_compiles(model, x, backend, train):
+def assert_compiles(model, x, train, **options):
     model.train(train)
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, **options)
     with torch.set_grad_enabled(train):
         expected, actual = eager(x), compiled(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -192,7 +222,7 @@ def assert_compiles(model, x, backend, train):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_compile_in_one_graph(name, train):
-    assert_compiles(build(name), torch.randn(4, 3, 16, 16), "aot_eager", train)
+    assert_compiles(build(name), torch.randn(4, 3, 16, 16), train, backend="aot_eager")
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -206,13 +236,26 @@ def test_compile_with_a_max_pool(train):
             return self.model.layer1(self.model._stem(x))
 
     stem = Stem(build(stem="imagenet"))
-    assert_compiles(stem, torch.randn(2, 3, 32, 32), "inductor", train)
+    assert_compiles(stem, torch.randn(2, 3, 32, 32), train)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_compile_with_inductor(train):
+def test_compile_to_reduce_overhead(train):
+    """Which takes CUDA graphs where there is CUDA."""
     block = build().layer2[0]
-    assert_compiles(block, torch.randn(2, 64, 8, 8), "inductor", train)
+    assert_compiles(block, torch.randn(2, 64, 8, 8), train, mode="reduce-overhead")
+
+
+@ours_or_torchvisions
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compile_with_any_batch(train, kind):
+    model = two_stages(kind).train(train)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.set_grad_enabled(train):
+        for n in (2, 3, 7):
+            x = torch.randn(n, 3, 16, 16)
+            torch.testing.assert_close(compiled(x), eager(x))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -230,20 +273,28 @@ def test_compile_under_autocast(train):
 def test_compile_with_cumulative_statistics():
     block = build().layer2[0]
     block.bn1.momentum = None
-    assert_compiles(block, torch.randn(2, 64, 8, 8), "aot_eager", True)
+    assert_compiles(block, torch.randn(2, 64, 8, 8), True, backend="aot_eager")
 
 
-def test_a_compiled_model_sees_train_eval_and_new_weights():
-    model = build(num_classes=4)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 3, 16, 16)
-    for factor in (1.0, 1.1):
-        model.load_state_dict({key: value * factor for key, value in model.state_dict().items()})
+@ours_or_torchvisions
+def test_train_and_eval_in_turn_are_compiled_once_each(kind):
+    model, x = two_stages(kind), torch.randn(4, 3, 16, 16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = None
+    for _ in range(3):
         model.train()
-        compiled(x)
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
         model.eval()
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
+            after = compiled(x)
+            torch.testing.assert_close(after, copy.deepcopy(model)(x))
+        assert before is None or not torch.allclose(after, before, rtol=1e-2)
+        before = after
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize(
@@ -264,3 +315,50 @@ def test_export_with_any_batch(name, stem):
     assert "fastres.conv_bn_relu.default" in targets
     assert ("fastres.max_pool2d.default" in targets) == (stem == "imagenet")
     assert "fastres.pack_conv_weight.default" not in targets
+
+
+@pytest.mark.parametrize("how", ["script", "trace", "export"])
+def test_torchvisions_model_that_was_fused(how):
+    model, x = two_stages("torchvision").eval(), torch.randn(2, 3, 32, 32)
+    if how == "export":
+        batch = torch.export.Dim("batch", min=1, max=64)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        file = io.BytesIO()
+        torch.export.save(exported, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        graph = str(loaded.graph)
+    else:
+        compiled = torch.jit.script(model) if how == "script" else torch.jit.trace(model, x)
+        loaded = saved_and_loaded(torch.jit.freeze(compiled))
+        graph = str(loaded.inlined_graph)
+    assert_same_answers(loaded, model, torch.randn(5, 3, 32, 32))
+    assert len(re.findall(r"fastres[:.]+conv_bn_relu", graph)) == 6
+
+
+def test_export_of_a_module_in_two_places():
+    block, x = build().layer1[0].eval(), torch.randn(2, 64, 8, 8)
+    model = nn.Sequential(block, block)
+    exported = torch.export.export(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x), model(x))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert targets.count("fastres.conv_bn_relu.default") == 4
+    assert not any(target.startswith(("aten.conv2d", "aten.batch_norm")) for target in targets)
+
+
+def test_a_package_of_aot_inductor(tmp_path):
+    """The ops in it are ours, called from compiled C++."""
+    block = build().layer1[0].eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(
+            block, (torch.randn(2, 64, 8, 8),), dynamic_shapes=({0: batch},)
+        )
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "block.pt2")
+        )
+        package = torch._inductor.aoti_load_package(path)
+        for n in (1, 2, 5):
+            x = torch.randn(n, 64, 8, 8)
+            torch.testing.assert_close(package(x), block(x))

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..nn import finish
 from ..nn.chain import Chain, Deferred, chains
-from ..nn.conv_bn import conv_bn, conv_bn_add_relu, is_untouched
+from ..nn.conv_bn import conv_bn, conv_bn_add_relu, is_untouched, shows_modules
 from ..nn.units import folded
 
 _RELU = nn.ReLU()
@@ -28,7 +27,7 @@ def add_relu(relu: Any, x: Any, y: Any) -> Any:
     """``relu(x + y)``, in one pass where both are (N, C, H, W) of one type."""
     if (
         is_untouched(relu, nn.ReLU)
-        and not isinstance(x, Proxy)
+        and not shows_modules(x)
         and not _has_any_global_hook()
         and x.dim() == 4
         and _same_shape(x, y)

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.fx import Proxy
 
 from ..nn import PackedWeights
-from ..nn.conv_bn import fuses, is_untouched
+from ..nn.conv_bn import fuses, is_untouched, shows_modules
 from ..nn.norm import has_relu, uses_batch_statistics
 from ..nn.units import PacksWeights
 
@@ -157,7 +156,7 @@ class Region(PacksWeights):
 
     def _takes(self, x: Any) -> bool:
         """Whether the forward by the fused ops is right for x."""
-        return not isinstance(x, Proxy) and self._holds()
+        return not shows_modules(x) and self._holds()
 
     def _fuses(self, unit: UnitNames) -> bool:
         conv, bn = submodule(self, unit.conv), submodule(self, unit.bn)
@@ -165,7 +164,7 @@ class Region(PacksWeights):
         return relu and fuses(conv, bn) and has_relu(bn) == unit.own_relu
 
     def _get_name(self) -> str:
-        return "Fused" + super()._get_name()
+        return "Fused" + super()._get_name()  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         rest: Any = super().__reduce_ex__(protocol)[2:]

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .chain import Deferred
-from .norm import ACTIVATED, FROZEN, affine, has_relu, is_frozen, uses_batch_statistics
+from .norm import ACTIVATED, FROZEN, affine, has_relu, is_frozen, kind_of, uses_batch_statistics
 from .packed import PackedWeights
 from .sync import synchronised, synchronises
 
@@ -146,7 +146,7 @@ def kept_anyway(shortcut: Tensor | Pending, x: Tensor) -> bool:
 def is_untouched(module: Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is ``kind.forward`` and nothing else: no subclass, hook, patch."""
     return (
-        type(module) is kind
+        (type(module) is kind or kind_of(module) is kind)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -164,9 +164,9 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
     """Whether the fused ops say the same as calling ``conv`` and ``bn``, to any observer."""
     return (
         is_untouched(conv, nn.Conv2d)
-        and type(bn) in FROZEN
-        and is_untouched(bn, type(bn))
-        and (type(bn) not in ACTIVATED or _ends_plainly(bn))
+        and kind_of(bn) in FROZEN
+        and is_untouched(bn, kind_of(bn))
+        and (kind_of(bn) not in ACTIVATED or _ends_plainly(bn))
         and conv.padding_mode == "zeros"
         and type(conv.padding) is tuple
         # Tools that take the parameters out of a module leave plain attributes behind.
@@ -178,7 +178,14 @@ def fuses(conv: Module, bn: Module, x: Any = None) -> bool:
         # A bias has no effect before batch statistics, but it has a gradient (of rounding errors).
         and (conv._parameters["bias"] is None or not uses_batch_statistics(bn))
         and not is_watched()
-        and not isinstance(x, Proxy)  # torch.fx: let its graph show the modules
+        and not shows_modules(x)
+    )
+
+
+def shows_modules(x: Any) -> bool:
+    """Whether a graph is made of x that is to show the modules: torch.fx's, or one for ONNX."""
+    return isinstance(x, Proxy) or (
+        (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .. import ops
-from .conv_bn import Module, Pending, finish, is_untouched, is_watched
+from .conv_bn import Module, Pending, finish, is_untouched, is_watched, shows_modules
 
 
 def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
@@ -14,7 +13,7 @@ def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
     geometry = pool_geometry(pool)
     z = x.z if isinstance(x, Pending) else x
     pending = isinstance(x, Pending)
-    if geometry is None or isinstance(z, Proxy) or not (pending or z.device.type == "cpu"):
+    if geometry is None or shows_modules(z) or not (pending or z.device.type == "cpu"):
         return pool(finish(x, relu=True))
     return ops.max_pool2d(z, *geometry, *(x[1:] if pending else ()))
 

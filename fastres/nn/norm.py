@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -28,9 +29,21 @@ def know_timm() -> None:
             ACTIVATED.add(kind)
 
 
+def kind_of(module: Any) -> type:
+    """type(module), or that of the module which torch.export's stand-in stands for.
+
+    It shows such of all the modules of a model that has one of them in two places.
+    """
+    kind = type(module)
+    if kind in FROZEN or torch.compiler.is_dynamo_compiling():
+        return kind
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "AttrProxy" else kind
+
+
 def is_frozen(bn: Any) -> bool:
     """Whether bn uses its running statistics in training too, all it holds being buffers."""
-    return FROZEN[type(bn)]
+    return FROZEN[kind_of(bn)]
 
 
 def affine(bn: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -46,4 +59,4 @@ def uses_batch_statistics(bn: Any) -> bool:
 
 def has_relu(bn: Any) -> bool:
     """Whether bn ends in a ReLU of its own."""
-    return type(bn) in ACTIVATED and type(bn.act) is nn.ReLU
+    return kind_of(bn) in ACTIVATED and kind_of(bn.act) is nn.ReLU
