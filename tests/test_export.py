@@ -203,6 +203,23 @@ class TestOnnx:
             with torch.no_grad():
                 assert relative_error(torch.from_numpy(found), model(images)) < 1e-5
 
+    def test_a_residual_add_that_was_fused(self) -> None:
+        """As standard operators, those of the model before."""
+
+        class Residual(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.relu(torch.relu(self.bn(self.conv(x)) + x) + x)
+
+        model = fastres.fuse_model(Residual().eval())
+        program = torch.onnx.export(model, (torch.randn(2, 3, 8, 8),), dynamo=True)
+        assert program is not None
+        nodes = program.model_proto.graph.node
+        assert [node.op_type for node in nodes] == ["Conv", "Add", "Relu", "Add", "Relu"]
+
     def test_operators_outside_the_standard_are_refused(self, tmp_path: Path) -> None:
         onnx = pytest.importorskip("onnx")
         helper = onnx.helper

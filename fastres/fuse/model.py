@@ -104,7 +104,7 @@ def _report(model: nn.Module, graphs: Graphs, names: dict[nn.Module, str]) -> Fu
     for module, prefix in names.items():
         for unit in graphs.units(module):
             layers = tuple(f"{prefix}.{name}".removeprefix(".") for name in layers_of(unit))
-            if layers[0] not in found:
+            if not layers or layers[0] not in found:  # none: an add and a ReLU that is a function
                 fused.append(FusedUnit(layers, unit.kind, _note(model, layers)))
                 found.update(layers[: 2 if unit.conv else 0])
     left = tuple(
@@ -121,7 +121,6 @@ def _note(model: nn.Module, layers: tuple[str, ...]) -> str:
     for name, module in zip(layers, modules, strict=True):
         if not is_untouched(module, type(module)):
             return f"as its own modules while something is attached to {name}"
-    conv = modules[0]
-    if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+    if any(isinstance(module, nn.Conv2d) and module.bias is not None for module in modules):
         return "in training as its own modules: the convolution has a bias"
     return ""
