@@ -48,9 +48,7 @@ def rows() -> list[Row]:
 
 
 def _rows_of(file: Path) -> Iterator[Row]:
-    for test in ast.parse(file.read_text()).body:
-        if not isinstance(test, ast.FunctionDef):
-            continue
+    for test, name_of_test in _functions(ast.parse(file.read_text()), file.name):
         for call in (node for mark in test.decorator_list for node in ast.walk(mark)):
             if (
                 isinstance(call, ast.Call)
@@ -58,7 +56,18 @@ def _rows_of(file: Path) -> Iterator[Row]:
                 and call.func.attr == "fits_in"
             ):
                 name, part = (ast.literal_eval(argument) for argument in call.args)
-                yield Row(part, name, f"{file.name}::{test.name}")
+                yield Row(part, name, name_of_test)
+
+
+def _functions(
+    parent: ast.Module | ast.ClassDef, name: str
+) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """The functions in it, and in its classes, by pytest's names."""
+    for child in parent.body:
+        if isinstance(child, ast.FunctionDef):
+            yield child, f"{name}::{child.name}"
+        elif isinstance(child, ast.ClassDef):
+            yield from _functions(child, f"{name}::{child.name}")
 
 
 def page(ticks: dict[Row, str]) -> str:

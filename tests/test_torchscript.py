@@ -116,6 +116,7 @@ def test_trace_freeze_save_load(name, fused):
         assert "fastres::pack_conv_weight" not in graph  # freezing has packed the weights
 
 
+@pytest.mark.fits_in("torch.jit.script", "Compilers and exporters")
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
 def test_script_with_every_stem_and_shortcut(stem, shortcut):
@@ -196,6 +197,7 @@ def test_script_of_a_changed_model(change):
     assert_same_answers(torch.jit.script(model), model, torch.randn(2, 3, 16, 16))
 
 
+@pytest.mark.fits_in("torch.jit: saved, loaded, given new weights", "Compilers and exporters")
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_new_weights_in_a_compiled_model_count(how):
     model, x = build().eval(), torch.randn(2, 3, 16, 16)
@@ -238,6 +240,7 @@ def assert_compiles(model, x, train, **options):
             torch.testing.assert_close(q, p, msg=key)
 
 
+@pytest.mark.fits_in("torch.compile in one graph", "Compilers and exporters")
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_compile_in_one_graph(name, train):
@@ -316,6 +319,7 @@ def test_train_and_eval_in_turn_are_compiled_once_each(kind):
     assert counter.frame_count == 2
 
 
+@pytest.mark.fits_in("torch.export with a dynamic batch", "Compilers and exporters")
 @pytest.mark.parametrize(
     ("name", "stem"), [("resnet18", "cifar"), ("resnet50", "cifar"), ("resnet18", "imagenet")]
 )
