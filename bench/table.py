@@ -101,8 +101,9 @@ def _seeds(record: dict[str, Any]) -> list[str]:
         f"Test accuracy of {len(record['runs'])} seeds, mean and standard deviation: plain "
         f"{found['plain_mean']:.1%} ± {found['plain_deviation']:.1%}, fused "
         f"{found['fused_mean']:.1%} ± {found['fused_deviation']:.1%}; the mean difference, "
-        f"{100 * found['difference']:+.1f} points, is {verdict}different from zero: its "
-        f"{record['confidence']:.0%} interval (paired t) is {100 * found['interval_low']:+.1f} to "
+        f"{100 * found['difference']:+.1f} points, is {verdict}significantly different "
+        f"from zero: its {record['confidence']:.0%} interval (paired t) is "
+        f"{100 * found['interval_low']:+.1f} to "
         f"{100 * found['interval_high']:+.1f}.",
         _circumstances(record, record["case"]),
     ]

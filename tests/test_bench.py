@@ -185,7 +185,7 @@ def test_accuracies_of_seeds_are_compared_in_pairs():
     text = table.markdown([seeds.record(train.TrainConfig(), runs)], "seeds")
     assert "| 2 to 10 | 0.0e+00 | 0.0e+00 |" in text
     assert "plain 40.0% ± 7.9%, fused 37.0%" in text
-    assert "the mean difference, -3.0 points, is different from zero" in text
+    assert "the mean difference, -3.0 points, is significantly different from zero" in text
 
 
 def test_gaps_of_losses_are_relative_and_the_largest_of_all_seeds():
