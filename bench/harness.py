@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 PACKAGES = (
-    "torch", "torchvision", "triton", "onnxruntime", "openvino", "ncnn", "MNN", "numpy", "fastres"
+    "torch", "torchvision", "triton", "onnxruntime", "openvino", "ncnn", "MNN", "numpy", "fastres",
+    "timm", "transformers",
 )  # fmt: skip
 EAGER = "torch eager"
 # What commands write: a change there leaves the sources as they were.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,34 @@ def gpu_train(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
     quick = [QUICK]
     full = [ModelCase("resnet50", 224, 256), cifar("resnet18", 512)]
     return _training("gpu-train", quick if options.quick else full, "cuda")
+
+
+def fuse_race(library: str, size: int, n: int, short: bool) -> Race:
+    """Somebody else's ResNet-50 in eval mode, as it is and after `fuse_model`."""
+    model = workloads.resnet50_of(library, size, short).eval()
+    images, _ = workloads.batch(ModelCase("resnet50", size, n))
+
+    def ours() -> Runner:
+        return rivals.eager(load("fastres").fuse_model(model), [images])
+
+    return Race(
+        "cpu-fuse",
+        f"{library}-resnet50-{size}px-n{n}",
+        {"fastres": ours, EAGER: partial(rivals.eager, copy.deepcopy(model), [images])},
+        partial(rivals.inference_reference, model, [images]),
+        FLOOR[torch.float32],
+        SANE[torch.float32],
+        flops=workloads.model_flops(model, images, training=False),
+        images=n,
+        peak="float32 FLOP/s",
+    )
+
+
+def cpu_fuse(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
+    size, batches = (32, (2,)) if options.quick else (224, (1, 16))
+    for n in batches:
+        for library in ("torchvision", "timm", "transformers"):
+            yield f"{library}-n{n}", partial(fuse_race, library, size, n, options.quick)
 
 
 def memory_race(case: ModelCase, device: str) -> Race:
@@ -663,6 +692,7 @@ def data(options: Options) -> Iterator[tuple[str, Callable[[], Race]]]:
 SUITES: dict[str, Callable[[Options], Iterator[tuple[str, Callable[[], Race]]]]] = {
     "cpu-infer": cpu_infer,
     "cpu-train": cpu_train,
+    "cpu-fuse": cpu_fuse,
     "gpu-infer": gpu_infer,
     "gpu-train": gpu_train,
     "memory": memory_suite,

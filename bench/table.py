@@ -51,7 +51,16 @@ def _number(value: float | None) -> str:
 def _circumstances(record: dict[str, Any], measure: str) -> str:
     packages = ", ".join(
         f"{name} {record['versions'][name]}"
-        for name in ("torch", "torchvision", "onnxruntime", "openvino", "ncnn", "MNN")
+        for name in (
+            "torch",
+            "torchvision",
+            "timm",
+            "transformers",
+            "onnxruntime",
+            "openvino",
+            "ncnn",
+            "MNN",
+        )  # fmt: skip
         if name in record["versions"]
     )
     commit = (record["commit"] or "unknown")[:8] + (

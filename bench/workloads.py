@@ -65,16 +65,48 @@ def torchvision_model(case: ModelCase) -> nn.Module:
         model.maxpool = nn.Identity()
     if case.short:
         shorten(model)
+    return settled(model, case.size)
+
+
+def settled(model: nn.Module, size: int) -> nn.Module:
+    """The model with BatchNorm statistics of real activations, of pictures of at most 64 pixels."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.0)
         nn.init.normal_(norm.bias, 0, 0.1)
         norm.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(4, 3, min(case.size, 64), min(case.size, 64)))
+        model.train()(torch.randn(4, 3, min(size, 64), min(size, 64)))
     for norm in norms:
         norm.momentum = 0.1
     return model
+
+
+class Logits(nn.Module):
+    """A model of Hugging Face's that returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
+def resnet50_of(library: str, size: int, short: bool = False) -> nn.Module:
+    """A seeded ResNet-50 of torchvision, timm or transformers; `short`: one block a stage."""
+    torch.manual_seed(0)
+    depths = [1, 1, 1, 1] if short else [3, 4, 6, 3]
+    if library == "torchvision":
+        block = torchvision.models.resnet.Bottleneck
+        model: nn.Module = torchvision.models.ResNet(block, depths)
+    elif library == "timm":
+        model = load("timm").create_model("resnet50", layers=depths)
+    else:
+        transformers = load("transformers")
+        config = transformers.ResNetConfig(depths=depths, num_labels=1000)
+        model = Logits(transformers.ResNetForImageClassification(config))
+    return settled(model, size)
 
 
 def fastres_model(case: ModelCase, theirs: nn.Module) -> nn.Module:
