@@ -27,6 +27,12 @@ PLACE = re.compile(
     re.DOTALL,
 )
 
+# The packages whose versions stand below a table.
+SHOWN = (
+    *("torch", "torchvision", "timm", "transformers"),
+    *("onnxruntime", "openvino", "ncnn", "MNN"),
+)
+
 
 def in_units(seconds: float) -> str:
     """Seconds with three digits, in s, ms or µs."""
@@ -49,20 +55,8 @@ def _number(value: float | None) -> str:
 
 
 def _circumstances(record: dict[str, Any], measure: str) -> str:
-    packages = ", ".join(
-        f"{name} {record['versions'][name]}"
-        for name in (
-            "torch",
-            "torchvision",
-            "timm",
-            "transformers",
-            "onnxruntime",
-            "openvino",
-            "ncnn",
-            "MNN",
-        )  # fmt: skip
-        if name in record["versions"]
-    )
+    versions = record["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
     commit = (record["commit"] or "unknown")[:8] + (
         "-dirty" if "dirty" in (record["commit"] or "") else ""
     )
