@@ -29,6 +29,7 @@ from ..nn.conv_bn import (
 )
 from ..nn.max_pool import max_pool, pool_geometry
 from ..nn.units import FusedUnits
+from ..ops.reference import channels_last
 
 STEMS = ("imagenet", "cifar")
 SHORTCUTS = ("projection", "zero_pad")
@@ -203,7 +204,7 @@ class FusedResNet(FusedUnits, ResNet):
         if torch.jit.is_scripting():
             x = x.contiguous(memory_format=torch.channels_last)
         else:
-            x = ops.channels_last(x)
+            x = channels_last(x)
         x = self._body(self._stem(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

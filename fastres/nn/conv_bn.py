@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
+from ..ops.reference import in_transform
 from .chain import Deferred
 from .norm import ACTIVATED, FROZEN, affine, has_relu, is_frozen, kind_of, uses_batch_statistics
 from .packed import PackedWeights
@@ -127,9 +128,7 @@ def finish(
     if residual is not None and residual.dtype != x.z.dtype:
         residual, recompute = residual.to(x.z.dtype), 0  # a copy that nobody else keeps
     # Not in a compiler's hands, which choose themselves what to keep, and not for torch.func.
-    eager = (
-        not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not ops.in_transform()
-    )
+    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not in_transform()
     bn_add_relu = ops.bn_add_relu
     if x.z.requires_grad and eager and recompute > ops.in_a_row(residual):
         bn_add_relu = ops.bn_add_relu_recomputed

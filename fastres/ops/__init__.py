@@ -18,18 +18,15 @@ from fastres.ops.conv_chain import conv_chain
 from fastres.ops.conv_stats import conv_stats
 from fastres.ops.max_pool2d import max_pool2d
 from fastres.ops.recomputed import bn_add_relu_recomputed, in_a_row
-from fastres.ops.reference import channels_last, in_transform
 
 __all__ = [
     "add_relu",
     "bn_add_relu",
     "bn_add_relu_recomputed",
-    "channels_last",
     "conv_bn_relu",
     "conv_chain",
     "conv_stats",
     "in_a_row",
-    "in_transform",
     "max_pool2d",
     "pack_conv_weight",
     "packed_conv_weight_numel",
