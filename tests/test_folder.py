@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from fastres.data import draws
 from fastres.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from fastres.train import checkpoint, loop, parts
 from fastres.train.run import MODEL_KEYS, RUN_KEYS
+from running import in_two
 from tiny_runs import TINY, TINY_NAMES
 
 CLASSES = ("cat", "dog", "owl")
@@ -514,23 +512,9 @@ def test_picture_that_one_of_two_processes_misses(own: Path, tmp_path: Path) -> 
     (tmp_path / "two.py").write_text(TINY + TWO)
     out = tmp_path / "run"
     words = f"train --data folder:{own} --batch-size 3 --image-size 32 --workers 0 --device cpu"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "two.py", *words.split(), "--out", str(out), gone],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    (said, heard), (also_said, error) = (p.communicate(timeout=600) for p in processes)
-    assert [p.returncode for p in processes] == [130, 2], heard + error
+    first, second = in_two(tmp_path / "two.py", *words.split(), "--out", str(out), gone)
+    (code, said, heard), (other_code, also_said, error) = first, second
+    assert (code, other_code) == (130, 2), heard + error
     assert error.endswith(f"fastres: error: no image at {gone}\n")
     assert "go on with: fastres train" in heard and "Traceback" not in heard + error
     assert (said.count("checked"), also_said) == (1, "")
