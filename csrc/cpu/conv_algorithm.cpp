@@ -61,6 +61,12 @@ bool torch_is_faster(DType dtype) {
   return false;
 }
 
+double cold_read_cost() {
+  // As measured on Sapphire Rapids, which has a matrix unit, and on Zen 4, whose memory is as fast
+  // beside slower arithmetic.
+  return has_matrix_unit() ? 50.0 : 8.0;
+}
+
 Algorithm algorithm_for(const ConvShape& s, Algorithm form) {
   return form == Algorithm::packed && has_matrix_unit() && amx_pays(s) ? Algorithm::amx : form;
 }
@@ -80,7 +86,7 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
   const double speed = amx ? 2.9 : 1.0;
   const double direct =
-      weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : kColdReadCost));
+      weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : cold_read_cost()));
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
   if (direct <= std::min(with4, with2)) return amx ? Algorithm::amx : Algorithm::packed;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;

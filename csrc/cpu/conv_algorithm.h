@@ -37,6 +37,10 @@ std::optional<Algorithm> algorithm_from_environment();
 // Whether this processor has instructions for the dtype that torch uses and ours do not.
 bool torch_is_faster(DType dtype);
 
+// What reading a packed weight costs, in multiply-adds, when it comes from memory, as in a model
+// that has more weights than the caches hold.
+double cold_read_cost();
+
 // The algorithm that takes the least time, but for aten; `packing` where the weights are packed for
 // one call only. A shape without pictures (n = 0) is of any.
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing);

@@ -16,9 +16,8 @@
 
 namespace fastres::cpu {
 
-// What reading a packed weight costs, in multiply-adds, when it was used just before, and when it
-// comes from memory, as in a model that has more weights than the caches hold.
-inline constexpr double kReadCost = 10.0, kColdReadCost = 50.0;
+// What reading a packed weight costs, in multiply-adds, when it was used just before.
+inline constexpr double kReadCost = 10.0;
 
 // Where part `i` of `count` about equal parts begins.
 inline int64_t cut(int64_t size, int64_t i, int64_t count) { return size * i / count; }
@@ -50,13 +49,22 @@ std::optional<std::vector<double>> run_blocks(int64_t groups, int64_t blocks, in
                                               const MakeScratch& scratch, const Run& run) {
   std::vector<double> sums(blocks * sums_of_block);
   std::atomic<bool> finite = true;
-  // Blocks of one channel group follow each other: their weights stay in the cache.
-  torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
+  // Blocks of one channel group follow each other: their weights stay in the cache. A thread has
+  // the same part of every layer's pixels, which its cache may hold; with its own blocks done it
+  // takes the next of a thread that something else holds up.
+  const int64_t tasks = groups * blocks;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::vector<std::atomic<int64_t>> next(threads);
+  for (int64_t t = 0; t < threads; ++t) next[t] = cut(tasks, t, threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     auto memory = scratch();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / blocks, block = task % blocks;
-      double* block_sums = sums_of_block > 0 ? sums.data() + block * sums_of_block : nullptr;
-      if (!run(memory, group, block, block_sums)) finite = false;
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t t = (first + i) % threads, end = cut(tasks, t + 1, threads);
+      for (int64_t task = next[t]++; task < end; task = next[t]++) {
+        const int64_t group = task / blocks, block = task % blocks;
+        double* block_sums = sums_of_block > 0 ? sums.data() + block * sums_of_block : nullptr;
+        if (!run(memory, group, block, block_sums)) finite = false;
+      }
     }
   });
   if (!finite) return std::nullopt;

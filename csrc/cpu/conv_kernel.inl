@@ -13,9 +13,11 @@ inline constexpr int kConvRows = 12;
 inline constexpr int kConvRows = 4;
 #endif
 inline constexpr int kConvVecs = 2;
-// How far ahead of its use a weight is asked for, in steps along the depth: it comes from the
-// second level cache or beyond, in an order that page ends hide from the hardware's prefetcher.
-inline constexpr int kPrefetchSteps = 64;
+// Weights come from beyond the second level cache, in an order that page ends hide from the
+// hardware's prefetcher. Those of the next columns, if they are no more than so many bytes, are
+// asked for while the last pixels are multiplied with the ones before; else, so many steps ahead.
+inline constexpr int64_t kAheadBytes = 256 * 1024;
+inline constexpr int64_t kPrefetchSteps = 64;
 inline constexpr int kConvColumns = kConvVecs * kFloatLanes;
 // Weights that stay in the second level cache while pixels pass by.
 inline constexpr int64_t kWeightBytes = 256 * 1024;
@@ -31,10 +33,11 @@ struct ConvDepth {
 };
 
 // tile[m * tile_stride + v * lanes] = sum over k of rows[m][k] * weight[v * vec_stride + 16 * k].
+// The weights `ahead` after these go to the second level cache.
 template <int M, int V>
 __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth depth,
-                                         const float* weight, int64_t vec_stride, float* tile,
-                                         int64_t tile_stride) {
+                                         const float* weight, int64_t vec_stride, int64_t ahead,
+                                         float* tile, int64_t tile_stride) {
   Floats sums[M][V] = {};
   bool first = true;
   const auto flush = [&]() __attribute__((always_inline)) {
@@ -63,7 +66,7 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           if (v == 0 || kFloatLanes == kConvPanel) {  // else one cache line holds all vectors
-            __builtin_prefetch(weight + v * vec_stride + kPrefetchSteps * kConvPanel, 0, 2);
+            __builtin_prefetch(weight + v * vec_stride + ahead, 0, 2);
           }
           b[v] = load(weight + v * vec_stride);
         }
@@ -84,7 +87,8 @@ __attribute__((noinline)) void conv_tile(const float* const* rows, ConvDepth dep
   if (first || left != depth.stretch) flush();
 }
 
-using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, float*, int64_t);
+using ConvTileFn = void (*)(const float* const*, ConvDepth, const float*, int64_t, int64_t, float*,
+                            int64_t);
 
 template <int V, int... M>
 struct ConvTiles {
@@ -303,6 +307,7 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
   const int64_t column_bytes = kConvColumns * (panel_floats / kConvPanel) * 4;
   const bool few = args.kh * args.kw == 1 && column_bytes <= kWeightBytes / 8;
   const int64_t group = few ? kWeightBytes / column_bytes * kConvColumns : kConvColumns;
+  const bool fits = column_bytes <= kAheadBytes;
   for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
     const int64_t group1 = min(group0 + group, end);
     int64_t first = 0;
@@ -316,7 +321,10 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
         const float* weight = args.weight + c / kConvPanel * panel_floats + c % kConvPanel;
         const ConvTileFn compute =
             vecs == kConvVecs ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
-        compute(scratch.rows + first, depth, weight, vec_stride, tile, kConvColumns);
+        const int64_t ahead = !fits           ? kPrefetchSteps * kConvPanel
+                              : t < tiles - 1 ? 0
+                                              : group / kConvPanel * panel_floats;
+        compute(scratch.rows + first, depth, weight, vec_stride, ahead, tile, kConvColumns);
         if (whole == kConvVecs) {
           store_both(args, tile, rows, offsets, c);
         } else if (whole == 1) {

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <limits>
 
+#include "conv_algorithm.h"
 #include "conv_blocks.h"
 #include "memory.h"
 #include "winograd_kernel.h"
@@ -132,8 +133,8 @@ double winograd_cost(const ConvShape& s, int tile, bool packing) {
   const bool amx = on_amx(s, tile);
   const double tiles = static_cast<double>(tile_count(s, tile));
   const double weights = static_cast<double>(position_count(tile)) * s.ci * s.co;
-  return weights *
-             (tiles / (amx ? kAmxSpeed : 1.0) + (packing ? kReadCost + kPackCost : kColdReadCost)) +
+  return weights * (tiles / (amx ? kAmxSpeed : 1.0) +
+                    (packing ? kReadCost + kPackCost : cold_read_cost())) +
          tiles * transform_cost(s, tile) * (amx ? kAmxTransform : 1.0);
 }
 

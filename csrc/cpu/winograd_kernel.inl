@@ -4,7 +4,13 @@
 namespace fastres::cpu::FASTRES_ISA {
 
 // The transform back magnifies what the sums over the channels lose, which short stretches halve.
-inline constexpr int64_t kWinogradStretch = 64;
+inline constexpr int64_t kWinogradStretch = 32;
+
+// The channels in about equal stretches.
+FASTRES_INLINE ConvDepth winograd_depth(int64_t ci) {
+  const int64_t stretches = (ci + kWinogradStretch - 1) / kWinogradStretch;
+  return {1, ci, 0, (ci + stretches - 1) / stretches};
+}
 
 // From one tile's products to the next tile's.
 inline constexpr int64_t kWinogradProductRow = winograd_row(kWinogradPanels * kConvPanel);
@@ -182,13 +188,17 @@ struct WinogradFloats {
       for (int64_t c = 0; c < channels; c += kConvColumns) {
         const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
         const bool both = channels - c >= kConvColumns;
+        const float* next = c + kConvColumns < channels
+                                ? kernel + kConvColumns / kConvPanel * panel_floats
+                                : kernels + winograd_stride(args.ci * kConvPanel);
         int64_t tile = 0;
         for (int64_t group = 0; group < groups; ++group) {
           const int rows = static_cast<int>(tiles / groups + (group < tiles % groups ? 1 : 0));
           const float* pointers[kConvRows];
           for (int m = 0; m < rows; ++m) pointers[m] = patches + (tile + m) * row;
           const ConvTileFn compute = both ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
-          compute(pointers, {1, args.ci, 0, kWinogradStretch}, kernel, vec_stride,
+          const int64_t ahead = group < groups - 1 ? 0 : next - kernel;
+          compute(pointers, winograd_depth(args.ci), kernel, vec_stride, ahead,
                   scratch.products + position * product_stride + tile * kWinogradProductRow + c,
                   kWinogradProductRow);
           tile += rows;
