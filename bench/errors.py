@@ -66,8 +66,9 @@ def rows(conv: Conv, dtype: torch.dtype) -> list[str]:
     x, dz = (t.contiguous(memory_format=torch.channels_last) for t in (x.relu(), dz))
     exact = exact_step(conv, [x, w, dz])
     lines = []
-    winograd = conv.kernel == 3 and conv.stride == 1 and conv.c_in % 16 == 0
-    for algorithm in ALGORITHMS if winograd else ALGORITHMS[:3]:
+    for algorithm in ALGORITHMS:
+        if algorithm.startswith("winograd") and algorithm not in conv.winograd:
+            continue
         os.environ["FASTRES_CPU_ALGORITHM"] = algorithm
         errors = [
             f"{relative_error(a, b):.1e} / {largest_error(a, b):.1e}"

@@ -20,6 +20,7 @@ from tolerances import relative_error
 
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
 SHAPES = ((2, 32, 20, 20), (48, 32, 3, 3))
+STEM = ((2, 3, 30, 30), (64, 3, 7, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,8 @@ def test_the_algorithm_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 call = {"dtype": dtype, "training": training, "padding": (1, 1)}
                 assert cpu.conv_algorithm(*SHAPES, **call) == name
+                stem = cpu.conv_algorithm(*STEM, stride=2, **call)
+                assert (stem == name) == (name != "winograd2")
                 if name.startswith("winograd"):
                     assert cpu.conv_algorithm(*SHAPES, stride=[2, 2], **call) != name
                     with cpu.flags(allow_winograd=False):

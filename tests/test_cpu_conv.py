@@ -27,6 +27,10 @@ SMALL_RESNET_CONVS = tuple(
         for case in (c.at(min(c.size, 30 if c.kernel == 7 else 14)) for c in RESNET_CONVS)
     }.values()
 )
+ODD_STEMS = (
+    Conv("stem-cut-tiles", 4, 48, 7, 2, 43, n=3),
+    Conv("stem-one-pixel", 1, 16, 7, 2, 1, n=2),
+)
 WINOGRAD = ("winograd4", "winograd2")
 ALGORITHMS = (*WINOGRAD, "amx", "packed", "aten")
 
@@ -36,7 +40,7 @@ def on_every_algorithm(cases: Sequence[Conv]) -> pytest.MarkDecorator:
 
     Where they can't, naming one is naming the direct algorithm, which is there already.
     """
-    pairs = [(c, a) for c in cases for a in ALGORITHMS if c.winograd or a not in WINOGRAD]
+    pairs = [(c, a) for c in cases for a in ALGORITHMS if a in c.winograd or a not in WINOGRAD]
     return pytest.mark.parametrize(("case", "algorithm"), pairs, ids=str, indirect=["algorithm"])
 
 
@@ -170,7 +174,7 @@ def test_resnet_shapes(case: Conv, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@on_every_algorithm(ODD_CONVS)
+@on_every_algorithm((*ODD_CONVS, *ODD_STEMS))
 def test_odd_shapes(case: Conv, dtype: torch.dtype, algorithm: str, threads: int) -> None:
     problem = Problem(case, dtype)
     for flag in (False, True):
@@ -232,6 +236,25 @@ def test_groups_and_dilation(stride: int, padding: int, dilation: int, groups: i
         assert relative_error(a, e) < 1e-6
 
 
+@pytest.mark.parametrize("kernel_height", [1, 4, 7])
+@pytest.mark.parametrize("stride_height", [1, 2, 3])
+@pytest.mark.parametrize("padding", [(0, 0), (3, 3), (1, 6), (8, 9)], ids=str)
+def test_winograd_on_uneven_stems(
+    kernel_height: int, stride_height: int, padding: tuple[int, int], threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Lines so long that several blocks share them, too."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "winograd4")
+    stride, weight = (stride_height, 2), torch.randn(48, 3, kernel_height, 7)
+    for size in ((2, 9, 7), (1, 11, 283)):
+        input = torch.randn(size[0], 3, *size[1:])
+        geometry = (list(stride), list(padding), [1, 1])
+        z, mean, _ = conv_stats(input, weight, None, None, None, None, 0.0, *geometry)
+        exact = F.conv2d(input.double(), weight.double(), None, stride, padding)
+        assert relative_error(z, exact) < 1e-6
+        assert (mean - exact.mean((0, 2, 3))).abs().max() < 1e-4
+
+
 def sliced(x: Tensor) -> Tensor:
     """x as a slice of a larger channels_last tensor, full of NaN around it."""
     n, c, h, w = x.shape
@@ -263,7 +286,7 @@ def test_layouts(case: Conv, layout: str, algorithm: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("case", [*ODD_CONVS, *SMALL_RESNET_CONVS[::6]], ids=str)
+@pytest.mark.parametrize("case", [*ODD_CONVS, *ODD_STEMS, *SMALL_RESNET_CONVS[::6]], ids=str)
 def test_packed_weight(case: Conv, algorithm: str) -> None:
     problem = Problem(case, torch.float32)
     size = [case.n, case.size, case.size]
@@ -284,18 +307,21 @@ def test_packed_order(packed_algorithm: None) -> None:
 
 
 @pytest.mark.parametrize("form", ["winograd4", "winograd2", AMX, "packed"])
-def test_every_form_serves_every_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(32, 32, 3, 3)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
+@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(32, 3, 1), (3, 7, 2)])
+def test_every_form_serves_every_size(
+    c_in: int, kernel: int, stride: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(32, c_in, kernel, kernel)
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1)
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", form)
     packed = pack_conv_weight(weight, *geometry)
     monkeypatch.delenv("FASTRES_CPU_ALGORITHM")
     zeros, ones = torch.zeros(32), torch.ones(32)
     for n, h, w in ((1, 1, 1), (2, 4, 9), (40, 7, 7)):
-        x = torch.randn(n, 32, h, w)
+        x = torch.randn(n, c_in, h, w)
         y = conv_bn_relu(x, weight, None, zeros, ones, None, None, 0.0, None, *geometry, False,
                          packed)  # fmt: skip
-        assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) < 3e-6
+        assert relative_error(y, F.conv2d(x.double(), weight.double(), None, *geometry[:2])) < 3e-6
 
 
 @pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96)])
@@ -339,10 +365,13 @@ def test_statistics_do_not_change_from_run_to_run(packed_algorithm: None, thread
             assert a.equal(b)
 
 
-@pytest.mark.parametrize(("kernel", "c_in", "n"), [(1, 16, 3), (3, 16, 3), (3, 16, 30), (5, 4, 3)])
-def test_nan_and_infinity(kernel: int, c_in: int, n: int, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "stride", "c_in", "n"),
+    [(1, 1, 16, 3), (3, 1, 16, 3), (3, 1, 16, 30), (5, 1, 4, 3), (7, 2, 4, 3)],
+)
+def test_nan_and_infinity(kernel: int, stride: int, c_in: int, n: int, algorithm: str) -> None:
     """As in torch, also in the pixels beside: Winograd's tiles must not spread them."""
-    problem = Problem(Conv("nan", c_in, 16, kernel, 1, 9, n=n), torch.float32)
+    problem = Problem(Conv("nan", c_in, 16, kernel, stride, 9, n=n), torch.float32)
     problem.input[0, 3, 1, 2] = float("nan")
     problem.input[1, 2, 0, 0] = float("inf")
     actual = problem.inference(conv_bn_relu, same, False)
@@ -359,15 +388,16 @@ def test_nan_and_infinity(kernel: int, c_in: int, n: int, algorithm: str) -> Non
 
 @pytest.mark.parametrize("n", [1, 70])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
+@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(16, 3, 1), (3, 7, 2)])
 def test_products_that_overflow_in_winograds_positions(
-    tile: str, n: int, monkeypatch: pytest.MonkeyPatch
+    c_in: int, kernel: int, stride: int, tile: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
-    problem = Problem(Conv("large", 16, 16, 3, 1, 8, n=n), torch.float32)
+    problem = Problem(Conv("large", c_in, 16, kernel, stride, 8, n=n), torch.float32)
     problem.input *= 2e37
     z = problem.training(conv_stats, same, False)[0]
     assert z.isfinite().all()
-    exact = F.conv2d(problem.input.double(), problem.weight.double(), padding=1)
+    exact = F.conv2d(problem.input.double(), problem.weight.double(), None, *problem.geometry[:2])
     assert relative_error(z, exact) < 2e-6
 
 

@@ -11,6 +11,7 @@
 #include "ops.h"
 #include "tensor_checks.h"
 #include "winograd.h"
+#include "winograd_stem.h"
 
 namespace fastres::cpu {
 
@@ -78,7 +79,9 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 
 // Length of the weights in the form that an algorithm other than aten reads.
 int64_t packed_floats(const ConvShape& s, Algorithm a) {
-  return is_winograd(a) ? winograd_packed_floats(s, winograd_tile(a)) : s.packed_floats();
+  if (!is_winograd(a)) return s.packed_floats();
+  return is_winograd_stem(s) ? winograd_stem_packed_floats(s)
+                             : winograd_packed_floats(s, winograd_tile(a));
 }
 
 // So few output pixels do not repay packing the weights for them.
@@ -87,7 +90,7 @@ constexpr int64_t kPixelsWorthPacking = 65;
 std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed) {
   if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
   for (const Algorithm a : {Algorithm::packed, Algorithm::winograd4, Algorithm::winograd2}) {
-    if (is_winograd(a) && !winograd_fits(s)) continue;
+    if (is_winograd(a) && !winograd_takes(s, a)) continue;
     if (packed->numel() == packed_floats(s, a)) return a;
   }
   return std::nullopt;
@@ -125,13 +128,15 @@ Scratch padded_vector(const std::vector<double>& values) {
   return out;
 }
 
-void pack(const Tensor& weight, Algorithm form, float* packed) {
+void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
   const ConvWeight w = conv_weight_of(weight);
-  if (is_winograd(form)) {
+  if (!is_winograd(form)) {
+    pack_panels(w, packed);
+  } else if (is_winograd_stem(s)) {
+    winograd_stem_pack(w, packed);
+  } else {
     winograd_pack(w, winograd_tile(form), packed);
-    return;
   }
-  pack_panels(w, packed);
 }
 
 // How a convolution is cut into blocks of pixels and groups of output channels.
@@ -288,7 +293,9 @@ struct PackedConv {
       auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
     } else if (is_winograd(algorithm)) {
-      auto sums = run_winograd(args, s, dtype, winograd_tile(algorithm), statistics);
+      auto sums = is_winograd_stem(s)
+                      ? run_winograd_stem(args, s, dtype, statistics)
+                      : run_winograd(args, s, dtype, winograd_tile(algorithm), statistics);
       if (sums.has_value()) return std::move(*sums);
       pack_in(s, Algorithm::packed);
     }
@@ -299,7 +306,8 @@ struct PackedConv {
   void pack_in(const ConvShape& s, Algorithm form) {
     packed = scratch_floats(packed_floats(s, form));
     const bool is_float = weight.scalar_type() == ScalarType::Float;
-    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), form, packed.floats());
+    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form,
+         packed.floats());
     args.weight = packed.floats();
   }
 };
@@ -421,7 +429,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
   const Algorithm form = weight_form(cheapest_algorithm(s, false));
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
-  if (packed.numel() > 0) pack(weight, form, static_cast<float*>(packed.mutable_data_ptr()));
+  if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 

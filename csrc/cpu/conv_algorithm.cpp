@@ -9,6 +9,7 @@
 #include "conv_blocks.h"
 #include "isa.h"
 #include "winograd.h"
+#include "winograd_stem.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -34,9 +35,21 @@ bool has_dot_products([[maybe_unused]] DType dtype) {
   return false;
 }
 
+// Multiply-adds of a call of the implicit GEMM, that makes `speed` of them in the time of one.
+double direct_cost(const ConvShape& s, bool packing, double speed = 1.0) {
+  constexpr double pack_cost = 8.0;  // of a weight
+  const double weights = static_cast<double>(s.kh * s.kw * s.ci * s.co);
+  return weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : cold_read_cost()));
+}
+
 }  // namespace
 
 const char* algorithm_name(Algorithm a) { return kNames[static_cast<int>(a)]; }
+
+bool winograd_takes(const ConvShape& s, Algorithm a) {
+  return winograd_fits(s) ||
+         (winograd_allowed() && a == Algorithm::winograd4 && is_winograd_stem(s));
+}
 
 std::optional<Algorithm> algorithm_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
@@ -73,20 +86,21 @@ Algorithm algorithm_for(const ConvShape& s, Algorithm form) {
 
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   const std::optional<Algorithm> named = algorithm_from_environment();
-  const bool fits = winograd_fits(s);
-  if (named && (is_winograd(*named) ? fits : *named != Algorithm::amx || has_matrix_unit())) {
+  if (named && (is_winograd(*named) ? winograd_takes(s, *named)
+                                    : *named != Algorithm::amx || has_matrix_unit())) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
   const bool amx = has_matrix_unit() && amx_pays(s);
-  if (!fits) return amx ? Algorithm::amx : Algorithm::packed;
+  if (!amx && is_winograd_stem(s) && winograd_takes(s, Algorithm::winograd4)) {
+    return s.n == 0 || winograd_stem_cost(s, packing) < direct_cost(s, packing)
+               ? Algorithm::winograd4
+               : Algorithm::packed;
+  }
+  if (!winograd_fits(s)) return amx ? Algorithm::amx : Algorithm::packed;
   if (s.n == 0 && amx) return Algorithm::amx;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
-  constexpr double pack_cost = 8.0;  // of a weight, in multiply-adds
-  const double weights = 9.0 * s.ci * s.co;
   // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
-  const double speed = amx ? 2.9 : 1.0;
-  const double direct =
-      weights * (s.pixels() / speed + (packing ? kReadCost + pack_cost : cold_read_cost()));
+  const double direct = direct_cost(s, packing, amx ? 2.9 : 1.0);
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
   if (direct <= std::min(with4, with2)) return amx ? Algorithm::amx : Algorithm::packed;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;

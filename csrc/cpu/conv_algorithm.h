@@ -1,6 +1,7 @@
 // Which of five algorithms computes a convolution. All but the last take one pass over packed
 // weights in float32, with prologue, epilogue and statistics:
-//   winograd4, winograd2  minimal filtering F(4,3) and F(2,3): 3x3 without a stride (winograd.h)
+//   winograd4, winograd2  minimal filtering F(4,3) and F(2,3): 3x3 without a stride (winograd.h);
+//                         winograd4 also a stem, along its lines (winograd_stem.h)
 //   amx                   an implicit GEMM on the processor's matrix unit (conv_amx.h)
 //   packed                an implicit GEMM (conv_kernel.inl)
 //   aten                  torch's own convolution between passes of ours: for what the others do
@@ -23,6 +24,9 @@ constexpr bool is_winograd(Algorithm a) {
 
 // Pixels across an output tile.
 constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 : 2; }
+
+// Whether one of Winograd's algorithms is allowed and takes this shape.
+bool winograd_takes(const ConvShape& s, Algorithm a);
 
 // The form in which it reads the weights, called by the first algorithm that it was made for.
 constexpr Algorithm weight_form(Algorithm a) { return a == Algorithm::amx ? Algorithm::packed : a; }

@@ -9,6 +9,7 @@
 #include "conv_kernel.h"
 #include "max_pool2d_kernel.h"
 #include "winograd_kernel.h"
+#include "winograd_stem_kernel.h"
 
 namespace fastres::cpu {
 
@@ -130,6 +131,8 @@ struct KernelTable {
   ConvPackFn winograd_pack[2];
   WinogradGradientFn winograd_gradient[kDTypes];  // none for float64
   WinogradGradientEndFn winograd_gradient_end;
+  StemBlockFn stem_block[kDTypes];  // none for float64
+  ConvPackFn stem_pack;
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit

@@ -11,6 +11,8 @@
 #include "conv_kernel.inl"
 #include "max_pool2d_kernel.inl"
 #include "winograd_kernel.inl"
+// After winograd_kernel.inl, on which it builds.
+#include "winograd_stem_kernel.inl"
 #if defined(__AMX_BF16__)
 #include "conv_amx_kernel.inl"
 // After conv_amx_kernel.inl, on which it builds.
@@ -77,6 +79,10 @@ constexpr KernelTable make_table() {
   t.winograd_gradient[static_cast<int>(DType::bfloat16)] = winograd_gradient<bfloat16>;
   t.winograd_gradient[static_cast<int>(DType::float16)] = winograd_gradient<float16>;
   t.winograd_gradient_end = winograd_gradient_end;
+  t.stem_block[static_cast<int>(DType::float32)] = stem_block<float>;
+  t.stem_block[static_cast<int>(DType::bfloat16)] = stem_block<bfloat16>;
+  t.stem_block[static_cast<int>(DType::float16)] = stem_block<float16>;
+  t.stem_pack = stem_pack;
 #if defined(__AMX_BF16__)
   t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
   t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;

@@ -19,9 +19,10 @@ inline constexpr int64_t kWinogradProductRow = winograd_row(kWinogradPanels * kC
 template <int O>
 struct Winograd;
 
-template <>
-struct Winograd<4> {
-  static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
+// F(4,3) at 0, +-A/8, +-B/8 and infinity.
+template <int A, int B>
+struct WinogradAt {
+  static constexpr float a = A / 8.0f, b = B / 8.0f, aa = a * a, bb = b * b;
 
   FASTRES_INLINE static void input(const Floats* d, Floats* v) {
     const Floats even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
@@ -75,6 +76,9 @@ struct Winograd<4> {
     g[2] = aa * even_a + bb * even_b + u[5];
   }
 };
+
+template <>
+struct Winograd<4> : WinogradAt<6, 12> {};
 
 template <>
 struct Winograd<2> {
