@@ -38,7 +38,7 @@ class Conv:
     @property
     def winograd(self) -> tuple[str, ...]:
         """Which of Winograd's algorithms can compute it."""
-        if self.kernel == 3 and self.stride == 1 and self.c_in % 16 == self.c_out % 16 == 0:
+        if self.kernel == 3 and self.stride <= 2 and self.c_in % 16 == self.c_out % 16 == 0:
             return "winograd4", "winograd2"
         stem = self.kernel == 7 and self.stride == 2 and self.c_in <= 4 and self.c_out % 16 == 0
         return ("winograd4",) if stem else ()
@@ -46,7 +46,7 @@ class Conv:
     @property
     def factor(self) -> float:
         """How many times torch's own error fastres's may be: F(4,3) on squares rounds more."""
-        return 4.0 if "winograd2" in self.winograd else 2.0
+        return 4.0 if "winograd2" in self.winograd and self.stride == 1 else 2.0
 
     def batch(self, n: int) -> Conv:
         return replace(self, n=n)
@@ -103,6 +103,9 @@ ODD_CONVS = (
     Conv("one-tile", 32, 16, 3, 1, 1, n=2),
     Conv("cut-tiles", 16, 48, 3, 1, 7, n=3),
     Conv("five-panels", 80, 80, 3, 1, 13),
+    Conv("one-tile-stride-2", 32, 16, 3, 2, 2, n=2),
+    Conv("cut-tiles-stride-2", 16, 48, 3, 2, 13, n=3),
+    Conv("five-panels-stride-2", 80, 80, 3, 2, 26),
 )
 
 

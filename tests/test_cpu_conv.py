@@ -307,7 +307,7 @@ def test_packed_order(packed_algorithm: None) -> None:
 
 
 @pytest.mark.parametrize("form", ["winograd4", "winograd2", AMX, "packed"])
-@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(32, 3, 1), (3, 7, 2)])
+@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(32, 3, 1), (32, 3, 2), (3, 7, 2)])
 def test_every_form_serves_every_size(
     c_in: int, kernel: int, stride: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,15 +325,16 @@ def test_every_form_serves_every_size(
 
 
 @pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96)])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_winograd_tiles(
-    dtype: torch.dtype, tile: str, c_in: int, c_out: int, threads: int,
+    dtype: torch.dtype, tile: str, stride: int, c_in: int, c_out: int, threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """So many that the matrix unit multiplies them, where there is one."""
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
-    problem = Problem(Conv("many", c_in, c_out, 3, 1, 23, n=9), dtype)
+    problem = Problem(Conv("many", c_in, c_out, 3, stride, 23, n=9), dtype)
     check_inference(problem, True)
     check_training(problem, True)
     check_training(problem, False)
@@ -367,28 +368,37 @@ def test_statistics_do_not_change_from_run_to_run(packed_algorithm: None, thread
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "c_in", "n"),
-    [(1, 1, 16, 3), (3, 1, 16, 3), (3, 1, 16, 30), (5, 1, 4, 3), (7, 2, 4, 3)],
+    [
+        (1, 1, 16, 3),
+        (3, 1, 16, 3),
+        (3, 1, 16, 30),
+        (3, 2, 16, 3),
+        (3, 2, 16, 30),
+        (5, 1, 4, 3),
+        (7, 2, 4, 3),
+    ],
 )
 def test_nan_and_infinity(kernel: int, stride: int, c_in: int, n: int, algorithm: str) -> None:
     """As in torch, also in the pixels beside: Winograd's tiles must not spread them."""
     problem = Problem(Conv("nan", c_in, 16, kernel, stride, 9, n=n), torch.float32)
     problem.input[0, 3, 1, 2] = float("nan")
     problem.input[1, 2, 0, 0] = float("inf")
+    h, w = 1 // stride, 2 // stride
     actual = problem.inference(conv_bn_relu, same, False)
     expected = problem.inference(reference.conv_bn_relu, same, False)
-    assert actual[0, :, 1, 2].isnan().all()
+    assert actual[0, :, h, w].isnan().all()
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
     z, mean, var = problem.training(conv_stats, same, False)
     expected_z = problem.training(reference.conv_stats, same, False)[0]
     torch.testing.assert_close(z, expected_z, equal_nan=True, rtol=1e-4, atol=1e-5)
     assert mean.isnan().all() and var.isnan().all()
     a = problem.training(conv_stats, same, True)[0]
-    assert a[0, :, 1, 2].isnan().all() and not a[2].isnan().any()
+    assert a[0, :, h, w].isnan().all() and not a[2].isnan().any()
 
 
 @pytest.mark.parametrize("n", [1, 70])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
-@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(16, 3, 1), (3, 7, 2)])
+@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(16, 3, 1), (16, 3, 2), (3, 7, 2)])
 def test_products_that_overflow_in_winograds_positions(
     c_in: int, kernel: int, stride: int, tile: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,7 @@ bool amx_gradient_pays(const ConvShape& s) {
   // with few pixels it is the rows' ends and the weights themselves that take the time.
   constexpr int64_t fewest_products = 128 * 128, fewest_pixels = 256;
   if (s.pixels() < fewest_pixels) return false;
-  return !winograd_fits(s) || s.ci * s.co >= fewest_products * lists_of(s, best_images(s));
+  return !winograd_gradient_fits(s) || s.ci * s.co >= fewest_products * lists_of(s, best_images(s));
 }
 
 bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape,

@@ -91,18 +91,18 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
   const bool amx = has_matrix_unit() && amx_pays(s);
+  const Algorithm direct = amx ? Algorithm::amx : Algorithm::packed;
   if (!amx && is_winograd_stem(s) && winograd_takes(s, Algorithm::winograd4)) {
     return s.n == 0 || winograd_stem_cost(s, packing) < direct_cost(s, packing)
                ? Algorithm::winograd4
-               : Algorithm::packed;
+               : direct;
   }
-  if (!winograd_fits(s)) return amx ? Algorithm::amx : Algorithm::packed;
-  if (s.n == 0 && amx) return Algorithm::amx;
+  if (!winograd_fits(s) || (s.n == 0 && (amx || s.stride[0] != 1))) return direct;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
   // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
-  const double direct = direct_cost(s, packing, amx ? 2.9 : 1.0);
+  const double cost = direct_cost(s, packing, amx ? 2.9 : 1.0);
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
-  if (direct <= std::min(with4, with2)) return amx ? Algorithm::amx : Algorithm::packed;
+  if (cost <= std::min(with4, with2)) return direct;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;
 }
 

@@ -1,7 +1,8 @@
 // Which of five algorithms computes a convolution. All but the last take one pass over packed
 // weights in float32, with prologue, epilogue and statistics:
-//   winograd4, winograd2  minimal filtering F(4,3) and F(2,3): 3x3 without a stride (winograd.h);
-//                         winograd4 also a stem, along its lines (winograd_stem.h)
+//   winograd4, winograd2  minimal filtering of tiles of 4x4 and 2x2 pixels: 3x3 without a stride or
+//                         with stride 2 (winograd.h); winograd4 also a stem, along its
+//                         lines (winograd_stem.h)
 //   amx                   an implicit GEMM on the processor's matrix unit (conv_amx.h)
 //   packed                an implicit GEMM (conv_kernel.inl)
 //   aten                  torch's own convolution between passes of ours: for what the others do

@@ -319,7 +319,7 @@ ConvShape transposed(const ConvShape& s) {
 
 WinogradPlan plan_winograd(const ConvShape& s, DType dtype) {
   WinogradPlan plan;
-  const bool fits = dtype != DType::float64 && winograd_fits(s) && s.pixels() > 0 &&
+  const bool fits = dtype != DType::float64 && winograd_gradient_fits(s) && s.pixels() > 0 &&
                     s.padding[0] <= 2 && s.padding[1] <= 2;
   if (!fits) return plan;
   const std::optional<Algorithm> named = algorithm_from_environment();
@@ -344,7 +344,7 @@ OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, 
                              ? weight
                              : torch::stable::to(weight, ScalarType::Float);
   const Scratch packed = scratch_floats(winograd_packed_floats(t, tile));
-  winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), tile, packed.floats());
+  winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), 1, tile, packed.floats());
   const Tensor dinput =
       empty_channels_last(std::array<int64_t, 4>{s.n, s.ci, s.ih, s.iw}, dzt.scalar_type());
   ConvArgs args{};
@@ -427,7 +427,7 @@ OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& i
 // Whether FASTRES_CPU_ALGORITHM names amx; nothing where it names what this shape can't have.
 std::optional<bool> amx_is_named(const ConvShape& s) {
   const std::optional<Algorithm> named = algorithm_from_environment();
-  if (!named || (is_winograd(*named) && !winograd_fits(s))) return std::nullopt;
+  if (!named || (is_winograd(*named) && !winograd_gradient_fits(s))) return std::nullopt;
   return *named == Algorithm::amx;
 }
 
@@ -500,7 +500,7 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
 bool input_by_amx(const ConvShape& s, DType dtype) {
   if (dtype != DType::float32 || !amx_input_gradient_pays(s)) return false;
   if (const auto named = amx_is_named(s)) return *named;
-  const bool winograd = winograd_fits(s) && s.padding[0] <= 2 && s.padding[1] <= 2;
+  const bool winograd = winograd_gradient_fits(s) && s.padding[0] <= 2 && s.padding[1] <= 2;
   return !winograd || cheapest_algorithm(transposed(s), true) == Algorithm::amx;
 }
 

@@ -127,8 +127,9 @@ struct KernelTable {
   int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
   ConvBlockFn conv_block[kDTypes];  // none for float64
   ConvPackFn conv_pack;
-  WinogradBlockFn winograd_block[2][kDTypes];  // of F(4,3) and F(2,3); none for float64
-  ConvPackFn winograd_pack[2];
+  // [stride - 1][tiles of 4 or of 2 pixels]; none for float64
+  WinogradBlockFn winograd_block[2][2][kDTypes];
+  ConvPackFn winograd_pack[2][2];
   WinogradGradientFn winograd_gradient[kDTypes];  // none for float64
   WinogradGradientEndFn winograd_gradient_end;
   StemBlockFn stem_block[kDTypes];  // none for float64
@@ -138,7 +139,7 @@ struct KernelTable {
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
   AmxGradientFn amx_gradient;     // none without a matrix unit
   AmxGradientEndFn amx_gradient_end;
-  WinogradBlockFn winograd_amx_block[2][kDTypes];  // as winograd_block; none without a matrix unit
+  WinogradBlockFn winograd_amx_block[2][kDTypes];  // without a stride; none without a matrix unit
   WinogradSplitFn winograd_amx_split[2];
 };
 

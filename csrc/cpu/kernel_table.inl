@@ -63,17 +63,19 @@ constexpr KernelTable make_table() {
   t.conv_block[static_cast<int>(DType::float16)] = conv_block<float16>;
   t.conv_pack = conv_pack;
   auto set_winograd = [&]<int O>(int index) {
-    auto set_blocks = [&]<typename Form>(WinogradBlockFn* blocks) {
-      blocks[static_cast<int>(DType::float32)] = winograd_block<float, O, Form>;
-      blocks[static_cast<int>(DType::bfloat16)] = winograd_block<bfloat16, O, Form>;
-      blocks[static_cast<int>(DType::float16)] = winograd_block<float16, O, Form>;
+    auto set_blocks = [&]<int S, typename Form>(WinogradBlockFn* blocks) {
+      blocks[static_cast<int>(DType::float32)] = winograd_block<float, O, S, Form>;
+      blocks[static_cast<int>(DType::bfloat16)] = winograd_block<bfloat16, O, S, Form>;
+      blocks[static_cast<int>(DType::float16)] = winograd_block<float16, O, S, Form>;
     };
-    set_blocks.template operator()<WinogradFloats<O>>(t.winograd_block[index]);
+    set_blocks.template operator()<1, WinogradFloats<O, 1>>(t.winograd_block[0][index]);
+    set_blocks.template operator()<2, WinogradFloats<O, 2>>(t.winograd_block[1][index]);
+    t.winograd_pack[0][index] = winograd_pack<O, 1>;
+    t.winograd_pack[1][index] = winograd_pack<O, 2>;
 #if defined(__AMX_BF16__)
-    set_blocks.template operator()<WinogradParts<O>>(t.winograd_amx_block[index]);
+    set_blocks.template operator()<1, WinogradParts<O>>(t.winograd_amx_block[index]);
     t.winograd_amx_split[index] = winograd_split<O>;
 #endif
-    t.winograd_pack[index] = winograd_pack<O>;
   };
   t.winograd_gradient[static_cast<int>(DType::float32)] = winograd_gradient<float>;
   t.winograd_gradient[static_cast<int>(DType::bfloat16)] = winograd_gradient<bfloat16>;

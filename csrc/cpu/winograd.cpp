@@ -34,14 +34,33 @@ int64_t tile_count(const ConvShape& s, int tile) {
 
 // The transforms of one tile.
 double transform_cost(const ConvShape& s, int tile) {
+  if (s.stride[0] == 2) {
+    return tile == 4 ? 1500.0 * s.ci + 700.0 * s.co : 300.0 * s.ci + 150.0 * s.co;
+  }
   return tile == 4 ? 400.0 * s.ci + 300.0 * s.co : 150.0 * s.ci + 120.0 * s.co;
 }
 
-int64_t position_count(int tile) { return (tile + 2) * (tile + 2); }
+// Different transformed kernels, and positions of a tile.
+int64_t kernel_count(int tile) { return (tile + 2) * (tile + 2); }
+
+int64_t position_count(const ConvShape& s, int tile) {
+  const int64_t across = winograd_patch(tile, static_cast<int>(s.stride[0]));
+  return across * across;
+}
+
+// Products of all the tiles' pairs of channels. With stride 2, pixels that are not output have none
+// at the odd positions.
+double product_count(const ConvShape& s, int tile) {
+  const auto across = [&](int64_t size) {
+    const int64_t tiles = ceil_div(size, tile);
+    return s.stride[0] == 2 ? tiles * (tile + 1) + size : tiles * (tile + 2);
+  };
+  return static_cast<double>(s.n * across(s.oh) * across(s.ow));
+}
 
 // Length of the kernels' bfloat16 parts.
 int64_t parts_floats(const ConvShape& s, int tile) {
-  return position_count(tile) * s.panels() * amx_panel_floats(1, s.ci);
+  return kernel_count(tile) * s.panels() * amx_panel_floats(1, s.ci);
 }
 
 // Whether the products are the matrix unit's. The parts of all the kernels must fit into a second
@@ -49,8 +68,8 @@ int64_t parts_floats(const ConvShape& s, int tile) {
 // and there must be enough tiles to repay the splitting.
 bool on_amx(const ConvShape& s, int tile) {
   constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 256;
-  return kernels().winograd_amx_block[0][0] != nullptr && parts_floats(s, tile) <= most_floats &&
-         tile_count(s, tile) >= fewest_tiles;
+  return kernels().winograd_amx_block[0][0] != nullptr && s.stride[0] == 1 &&
+         parts_floats(s, tile) <= most_floats && tile_count(s, tile) >= fewest_tiles;
 }
 
 int64_t cache_bytes() {
@@ -71,10 +90,10 @@ int64_t most_tiles(const ConvShape& s, int tile, const KernelTable& table) {
   if (on_amx(s, tile)) return 2 * kAmxRows;
   // Beside a position's kernels; but with many channels a block is still tall enough to repay
   // reading the kernels.
-  const int64_t tile_bytes =
-      4 * position_count(tile) * (winograd_row(s.ci) + winograd_row(kWinogradPanels * kConvPanel));
+  const int64_t tile_bytes = 4 * position_count(s, tile) *
+                             (winograd_row(s.ci) + winograd_row(kWinogradPanels * kConvPanel));
   const int64_t rows = table.conv_rows;
-  return std::clamp<int64_t>(cache_bytes() / tile_bytes / rows * rows, 48, 384);
+  return std::clamp<int64_t>(cache_bytes() / tile_bytes / rows * rows, 48 / s.stride[0], 384);
 }
 
 Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t threads) {
@@ -94,7 +113,8 @@ Plan make_plan(const ConvShape& s, int tile, const KernelTable& table, int64_t t
         static_cast<double>(ceil_div(column_groups, groups) * table.conv_columns);
     const double padded = static_cast<double>(ceil_div(chunk_tiles, rows) * rows);
     const double cost =
-        position_count(tile) * s.ci * columns * (padded / speed + kReadCost * blocks) +
+        s.ci * columns *
+            (position_count(s, tile) * padded / speed + kernel_count(tile) * kReadCost * blocks) +
         transform_cost(s, tile) * chunk_tiles;
     if (cost < best_cost) {
       best_cost = cost;
@@ -115,16 +135,17 @@ bool winograd_fits(const ConvShape& s) {
   const auto both = [](const std::array<int64_t, 2>& pair, int64_t value) {
     return pair[0] == value && pair[1] == value;
   };
-  return winograd_allowed() && s.kh == 3 && s.kw == 3 && both(s.stride, 1) && both(s.dilation, 1) &&
-         s.groups == 1 && s.ci > 0 && s.ci % kConvPanel == 0 && s.co > 0 && s.co % kConvPanel == 0;
+  return winograd_allowed() && s.kh == 3 && s.kw == 3 && (both(s.stride, 1) || both(s.stride, 2)) &&
+         both(s.dilation, 1) && s.groups == 1 && s.ci > 0 && s.ci % kConvPanel == 0 && s.co > 0 &&
+         s.co % kConvPanel == 0;
 }
 
 int64_t winograd_packed_floats(const ConvShape& s, int tile) {
   return s.panels() * winograd_panel_floats(tile, s.ci);
 }
 
-void winograd_pack(const ConvWeight& weight, int tile, float* packed) {
-  const auto kernel = kernels().winograd_pack[kernel_index(tile)];
+void winograd_pack(const ConvWeight& weight, int64_t stride, int tile, float* packed) {
+  const auto kernel = kernels().winograd_pack[stride - 1][kernel_index(tile)];
   parallel_for(0, weight.co / kConvPanel, 1,
                [&](int64_t begin, int64_t end) { kernel(weight, packed, begin, end); });
 }
@@ -132,9 +153,9 @@ void winograd_pack(const ConvWeight& weight, int tile, float* packed) {
 double winograd_cost(const ConvShape& s, int tile, bool packing) {
   const bool amx = on_amx(s, tile);
   const double tiles = static_cast<double>(tile_count(s, tile));
-  const double weights = static_cast<double>(position_count(tile)) * s.ci * s.co;
-  return weights * (tiles / (amx ? kAmxSpeed : 1.0) +
-                    (packing ? kReadCost + kPackCost : cold_read_cost())) +
+  const double weights = static_cast<double>(s.ci) * s.co;
+  return weights * (product_count(s, tile) / (amx ? kAmxSpeed : 1.0) +
+                    kernel_count(tile) * (packing ? kReadCost + kPackCost : cold_read_cost())) +
          tiles * transform_cost(s, tile) * (amx ? kAmxTransform : 1.0);
 }
 
@@ -144,7 +165,7 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   set_sizes(args, s);
   const bool amx = on_amx(s, tile);
   const Plan plan = make_plan(s, tile, table, torch::stable::get_num_threads());
-  const int64_t tiles = tile_count(s, tile), positions = position_count(tile);
+  const int64_t tiles = tile_count(s, tile), positions = position_count(s, tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
   const WinogradAmxPatches amx_patches(block_tiles, s.ci);
   const int64_t rows = amx ? amx_patches.tiles() : block_tiles;
@@ -161,7 +182,7 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
     });
     args.weight = parts.floats();
   }
-  const auto& blocks = amx ? table.winograd_amx_block : table.winograd_block;
+  const auto& blocks = amx ? table.winograd_amx_block : table.winograd_block[s.stride[0] - 1];
   const auto kernel = blocks[kernel_index(tile)][static_cast<int>(dtype)];
   const auto scratch = [&] { return scratch_floats(patches + products); };
   const auto run = [&](const Scratch& memory, int64_t group, int64_t block, double* sums) {
@@ -176,6 +197,8 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   return run_blocks(plan.channel_groups, plan.tile_blocks, statistics ? kConvSums * s.co : 0,
                     scratch, run);
 }
+
+bool winograd_gradient_fits(const ConvShape& s) { return winograd_fits(s) && s.stride[0] == 1; }
 
 bool winograd_gradient_pays(const ConvShape& s) {
   // Below, the 36 positions' sums cost more than the products that are saved.

@@ -20,7 +20,7 @@ bool winograd_fits(const ConvShape& s);
 // Length of the packed kernels for output tiles of `tile` (4 or 2) pixels squared.
 int64_t winograd_packed_floats(const ConvShape& s, int tile);
 
-void winograd_pack(const ConvWeight& weight, int tile, float* packed);
+void winograd_pack(const ConvWeight& weight, int64_t stride, int tile, float* packed);
 
 // Multiply-adds of a call, memory and transforms counted as as many as they take the time of;
 // `packing` where the kernels must be packed first.
@@ -30,6 +30,9 @@ double winograd_cost(const ConvShape& s, int tile, bool packing);
 // asked for, else nothing in it; no value where a result is not finite, and may be wrong.
 std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& s, DType dtype,
                                                 int tile, bool statistics);
+
+// Whether gradients can be computed so: there is no algorithm for those of a stride.
+bool winograd_gradient_fits(const ConvShape& s);
 
 // Whether the gradient of the kernels is worth its transforms.
 bool winograd_gradient_pays(const ConvShape& s);

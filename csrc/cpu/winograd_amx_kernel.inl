@@ -22,16 +22,19 @@ struct WinogradParts {
   template <typename T, bool kWhole, bool kPrologue>
   __attribute__((noinline)) static void patch(const WinogradParts& to, const ConvArgs& args,
                                               const T* in, unsigned lines, unsigned columns,
+                                              const WinogradRows& rows, const WinogradPlace&,
                                               float* v) {
+    v += to.place(rows.count[0][0]);
     for (int64_t c = 0; c < args.ci; c += kAmxDepth, v += kAmxStep) {
       Floats first[kPositions];
-      winograd_transform<T, O, kWhole, kPrologue>(
+      winograd_transform<T, O, 1, kWhole, kPrologue>(
           args, in, lines, columns, c,
-          [&](int position, Floats x) FASTRES_LAMBDA_INLINE { first[position] = x; });
+          [&](int i, int j, Floats x) FASTRES_LAMBDA_INLINE { first[i * (O + 2) + j] = x; });
       if (c + kFloatLanes < args.ci) {
-        winograd_transform<T, O, kWhole, kPrologue>(
+        winograd_transform<T, O, 1, kWhole, kPrologue>(
             args, in, lines, columns, c + kFloatLanes,
-            [&](int position, Floats x) FASTRES_LAMBDA_INLINE {
+            [&](int i, int j, Floats x) FASTRES_LAMBDA_INLINE {
+              const int position = i * (O + 2) + j;
               amx_split(first[position], x, v + position * to.stride, kAmxTile);
             });
       } else {
@@ -42,8 +45,9 @@ struct WinogradParts {
     }
   }
 
-  void multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int64_t panel1,
+  void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
                 const WinogradScratch& scratch) const {
+    const int64_t tiles = rows.count[0][0];
     const int64_t position_parts = amx_panel_floats(1, args.ci);
     const int64_t panel_parts = kPositions * position_parts;
     const int64_t channels = (panel1 - panel0) * kConvPanel;

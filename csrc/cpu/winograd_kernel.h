@@ -1,9 +1,15 @@
 // The interface between winograd.cpp and winograd_kernel.inl: Winograd's minimal filtering of 3x3
-// convolutions without a stride, F(4,3) and F(2,3), after Lavin and Gray (2016, arXiv:1509.09308).
+// convolutions without a stride, F(4,3) and F(2,3), after Lavin and Gray (2016, arXiv:1509.09308),
+// and with stride 2.
 //
-// An output tile of O x O pixels comes from P x P input pixels, P = O + 2, by P * P products
-// instead of 9 * O * O: the patch and the kernel are transformed, at each of the P * P positions
-// the tiles' channels are multiplied as matrices, and the products are transformed back.
+// An output tile of O x O pixels comes from P x P input pixels by P * P products instead of 9 * O *
+// O: the patch and the kernel are transformed, at each of the P * P positions the tiles' channels
+// are multiplied as matrices, and the products are transformed back.
+//
+// With stride 2 an output is g0 and g2 times even inputs, F(O,2) of every other pixel, plus g1
+// times an odd one: a line's positions are the O + 1 of F(O,2) and then the O odd pixels as they
+// are. In both directions, that is 81 products instead of 144 for O = 4. All odd pixels share g1,
+// so that with either stride there are (O + 2) * (O + 2) different transformed kernels.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +26,10 @@ constexpr int64_t winograd_stride(int64_t floats) {
   return (lines + 1 - lines % 2) * 16;
 }
 
-// Packed kernels are [panels][P * P positions][ci][16], positions winograd_stride() apart.
+// Pixels across the patch of a tile of `tile` pixels, and positions.
+constexpr int winograd_patch(int tile, int stride) { return stride * (tile - 1) + 3; }
+
+// Packed kernels are [panels][(O + 2) * (O + 2)][ci][16], the kernels winograd_stride() apart.
 constexpr int64_t winograd_panel_floats(int tile, int64_t ci) {
   return (tile + 2) * (tile + 2) * winograd_stride(ci * kConvPanel);
 }

@@ -1,5 +1,7 @@
 // Winograd's minimal filtering. The polynomials meet at 0, +-3/4, +-3/2 and infinity for F(4,3),
-// whose error is a third of that of the usual 0, +-1, +-2; at 0, +-1 and infinity for F(2,3).
+// whose error is a third of that of the usual 0, +-1, +-2; at 0, +-1 and infinity for F(2,3); at
+// +-3/8, +-5/4 and infinity for F(4,2), of such points those of the least error; at 0, 1 and
+// infinity for F(2,2).
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -16,7 +18,7 @@ FASTRES_INLINE ConvDepth winograd_depth(int64_t ci) {
 inline constexpr int64_t kWinogradProductRow = winograd_row(kWinogradPanels * kConvPanel);
 
 // The three transforms of a line; those of a square are its columns' and then its rows'.
-template <int O>
+template <int O, int S>
 struct Winograd;
 
 // F(4,3) at 0, +-A/8, +-B/8 and infinity.
@@ -78,10 +80,10 @@ struct WinogradAt {
 };
 
 template <>
-struct Winograd<4> : WinogradAt<6, 12> {};
+struct Winograd<4, 1> : WinogradAt<6, 12> {};
 
 template <>
-struct Winograd<2> {
+struct Winograd<2, 1> {
   FASTRES_INLINE static void input(const Floats* d, Floats* v) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -103,132 +105,67 @@ struct Winograd<2> {
   }
 };
 
-// Which of a tile's lines or columns, from `first` on, lie within [0, size).
-template <int P>
-FASTRES_INLINE unsigned winograd_inside(int64_t first, int64_t size) {
-  unsigned inside = 0;
-  for (int i = 0; i < P; ++i) inside |= (first + i >= 0 && first + i < size ? 1u : 0u) << i;
-  return inside;
-}
+template <>
+struct Winograd<4, 2> {
+  static constexpr float a = 0.375f, b = 1.25f, aa = a * a, bb = b * b;
 
-// Transforms the patch whose first pixel is at `in`, for one vector of channels: gives the value at
-// each position to `put`.
-template <typename T, int O, bool kWhole, bool kPrologue, typename Put>
-FASTRES_INLINE void winograd_transform(const ConvArgs& args, const T* in, unsigned lines,
-                                       unsigned columns, int64_t channel, const Put& put) {
-  constexpr int P = O + 2;
-  Floats mean, scale, bias;
-  if (kPrologue) {
-    mean = load(args.in_mean + channel);
-    scale = load(args.in_scale + channel);
-    bias = load(args.in_bias + channel);
-  }
-  Floats half[P][P];  // transformed along the lines
-#pragma GCC unroll 6
-  for (int i = 0; i < P; ++i) {
-    const T* line = in + i * args.input_stride_h + channel;
-    Floats d[P];
-#pragma GCC unroll 6
-    for (int j = 0; j < P; ++j) {
-      if (kWhole || ((lines >> i & columns >> j) & 1) != 0) {
-        d[j] = load(line + j * args.input_stride_w);
-        if (kPrologue) d[j] = relu((d[j] - mean) * scale + bias);
-      } else {
-        d[j] = Floats{};
-      }
-    }
-    Winograd<O>::input(d, half[i]);
-  }
-#pragma GCC unroll 6
-  for (int j = 0; j < P; ++j) {
-    Floats d[P], out[P];
-#pragma GCC unroll 6
-    for (int i = 0; i < P; ++i) d[i] = half[i][j];
-    Winograd<O>::input(d, out);
-#pragma GCC unroll 6
-    for (int i = 0; i < P; ++i) put(i * P + j, out[i]);
-  }
-}
-
-// Patches and products as floats. Its members are what winograd_block() needs of a form.
-template <int O>
-struct WinogradFloats {
-  static constexpr int kPositions = (O + 2) * (O + 2);
-  int64_t row, stride;     // of patches: from a tile, a position to the next
-  int64_t product_stride;  // of products: from a position to the next
-
-  WinogradFloats(int64_t tiles, int64_t ci)
-      : row(winograd_row(ci)),
-        stride(winograd_stride(tiles * row)),
-        product_stride(winograd_stride(tiles * kWinogradProductRow)) {}
-
-  // Where a tile's patch begins.
-  int64_t place(int64_t tile) const { return tile * row; }
-
-  // A patch for all channels into v.
-  template <typename T, bool kWhole, bool kPrologue>
-  __attribute__((noinline)) static void patch(const WinogradFloats& to, const ConvArgs& args,
-                                              const T* in, unsigned lines, unsigned columns,
-                                              float* v) {
-    for (int64_t c = 0; c < args.ci; c += kFloatLanes) {
-      winograd_transform<T, O, kWhole, kPrologue>(
-          args, in, lines, columns, c, [&](int position, Floats x) FASTRES_LAMBDA_INLINE {
-            store(v + position * to.stride + c, x);
-          });
-    }
+  FASTRES_INLINE static void input(const Floats* d, Floats* v) {
+    const Floats even_a = d[6] - bb * d[2], odd_a = d[4] - bb * d[0];
+    const Floats even_b = d[6] - aa * d[2], odd_b = d[4] - aa * d[0];
+    v[0] = even_a + a * odd_a;
+    v[1] = even_a - a * odd_a;
+    v[2] = even_b + b * odd_b;
+    v[3] = even_b - b * odd_b;
+    v[4] = (aa * bb) * d[0] - (aa + bb) * d[4] + d[8];
+    v[5] = d[1];
+    v[6] = d[3];
+    v[7] = d[5];
+    v[8] = d[7];
   }
 
-  // products[position][tile][channel] for panels [panel0, panel1).
-  void multiply(const ConvArgs& args, int64_t tiles, int64_t panel0, int64_t panel1,
-                const WinogradScratch& scratch) const {
-    const int64_t panel_floats = winograd_panel_floats(O, args.ci);
-    const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
-    const int64_t channels = (panel1 - panel0) * kConvPanel;
-    const int64_t groups = (tiles + kConvRows - 1) / kConvRows;
-    for (int position = 0; position < kPositions; ++position) {
-      const float* patches = scratch.patches + position * stride;
-      const float* kernels =
-          args.weight + panel0 * panel_floats + position * winograd_stride(args.ci * kConvPanel);
-      for (int64_t c = 0; c < channels; c += kConvColumns) {
-        const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
-        const bool both = channels - c >= kConvColumns;
-        const float* next = c + kConvColumns < channels
-                                ? kernel + kConvColumns / kConvPanel * panel_floats
-                                : kernels + winograd_stride(args.ci * kConvPanel);
-        int64_t tile = 0;
-        for (int64_t group = 0; group < groups; ++group) {
-          const int rows = static_cast<int>(tiles / groups + (group < tiles % groups ? 1 : 0));
-          const float* pointers[kConvRows];
-          for (int m = 0; m < rows; ++m) pointers[m] = patches + (tile + m) * row;
-          const ConvTileFn compute = both ? conv_tile_of<kConvVecs>(rows) : conv_tile_of<1>(rows);
-          const int64_t ahead = group < groups - 1 ? 0 : next - kernel;
-          compute(pointers, winograd_depth(args.ci), kernel, vec_stride, ahead,
-                  scratch.products + position * product_stride + tile * kWinogradProductRow + c,
-                  kWinogradProductRow);
-          tile += rows;
-        }
-      }
-    }
+  FASTRES_INLINE static void output(const Floats* m, Floats* y) {
+    const Floats even_a = m[0] + m[1], odd_a = m[0] - m[1];
+    const Floats even_b = m[2] + m[3], odd_b = m[2] - m[3];
+    y[0] = m[5] + even_a + even_b;
+    y[1] = m[6] + a * odd_a + b * odd_b;
+    y[2] = m[7] + aa * even_a + bb * even_b;
+    y[3] = m[8] + (a * aa) * odd_a + (b * bb) * odd_b + m[4];
+  }
+
+  static constexpr float near = 1 / (2 * a * (aa - bb)), far = 1 / (2 * b * (bb - aa));
+
+  FASTRES_INLINE static void kernel(const Floats* g, Floats* u) {
+    u[0] = near * g[0] + (a * near) * g[2];
+    u[1] = (a * near) * g[2] - near * g[0];
+    u[2] = far * g[0] + (b * far) * g[2];
+    u[3] = (b * far) * g[2] - far * g[0];
+    u[4] = g[2];
+    u[5] = g[1];
   }
 };
 
-// Transforms one vector of the products of a tile to its O x O pixels, one after the other.
-template <int O>
-FASTRES_INLINE void winograd_pixels(const float* products, int64_t stride, Floats* y) {
-  constexpr int P = O + 2;
-  Floats half[O][P];
-#pragma GCC unroll 6
-  for (int j = 0; j < P; ++j) {
-    Floats m[P], out[O];
-#pragma GCC unroll 6
-    for (int i = 0; i < P; ++i) m[i] = load(products + (i * P + j) * stride);
-    Winograd<O>::output(m, out);
-#pragma GCC unroll 4
-    for (int i = 0; i < O; ++i) half[i][j] = out[i];
+template <>
+struct Winograd<2, 2> {
+  FASTRES_INLINE static void input(const Floats* d, Floats* v) {
+    v[0] = d[0] - d[2];
+    v[1] = d[2];
+    v[2] = d[4] - d[2];
+    v[3] = d[1];
+    v[4] = d[3];
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < O; ++i) Winograd<O>::output(half[i], y + i * O);
-}
+
+  FASTRES_INLINE static void output(const Floats* m, Floats* y) {
+    y[0] = m[0] + m[1] + m[3];
+    y[1] = m[1] + m[2] + m[4];
+  }
+
+  FASTRES_INLINE static void kernel(const Floats* g, Floats* u) {
+    u[0] = g[0];
+    u[1] = g[0] + g[2];
+    u[2] = g[2];
+    u[3] = g[1];
+  }
+};
 
 // The place of a tile: its image and its first output pixel, and how much of it is output.
 struct WinogradPlace {
@@ -247,32 +184,226 @@ FASTRES_INLINE WinogradPlace winograd_place(const ConvArgs& args, int64_t tile) 
           .width = static_cast<int>(min<int64_t>(O, args.ow - w))};
 }
 
-// The patches of tiles [tile0, tile1), in the form of `to`.
-template <typename T, int O, typename Form>
-void winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, const Form& to,
-                      float* patches) {
-  constexpr int P = O + 2;
+// Rows of a buffer of patches or products, at first those before a block's first tile. Positions
+// that share kernels share rows too: those of a tile are one after the other, as many as the tile
+// has lines, columns or pixels.
+struct WinogradRows {
+  int64_t count[2][2] = {};  // [odd lines][odd columns]
+
+  FASTRES_INLINE void pass(const WinogradPlace& place) {
+    count[0][0] += 1;
+    count[0][1] += place.width;
+    count[1][0] += place.height;
+    count[1][1] += place.height * place.width;
+  }
+};
+
+// What a line's positions of F(O,3) with stride S are.
+template <int O, int S>
+struct WinogradLine {
+  static constexpr int kCount = winograd_patch(O, S);
+  static constexpr int kKernels = O + 2;
+
+  static constexpr bool odd(int i) { return S == 2 && i > O; }
+  static constexpr int pixel(int i) { return odd(i) ? i - O - 1 : 0; }
+
+  // Where the rows of a pair of kernels begin, in units of a position's room.
+  static constexpr int room(int i, int j) {
+    return odd(i) ? (O + 1) * kCount + O * min(j, O + 1) : i * kCount + min(j, kKernels - 1);
+  }
+};
+
+// Which of a tile's lines or columns, from `first` on, lie within [0, size).
+template <int P>
+FASTRES_INLINE unsigned winograd_inside(int64_t first, int64_t size) {
+  unsigned inside = 0;
+  for (int i = 0; i < P; ++i) inside |= (first + i >= 0 && first + i < size ? 1u : 0u) << i;
+  return inside;
+}
+
+// Transforms the patch whose first pixel is at `in`, for one vector of channels: gives the value at
+// each line and column of positions to `put`.
+template <typename T, int O, int S, bool kWhole, bool kPrologue, typename Put>
+FASTRES_INLINE void winograd_transform(const ConvArgs& args, const T* in, unsigned lines,
+                                       unsigned columns, int64_t channel, const Put& put) {
+  using Line = WinogradLine<O, S>;
+  constexpr int P = Line::kCount;
+  Floats mean, scale, bias;
+  if (kPrologue) {
+    mean = load(args.in_mean + channel);
+    scale = load(args.in_scale + channel);
+    bias = load(args.in_bias + channel);
+  }
+  Floats half[P][P];  // transformed along the lines
+#pragma GCC unroll 9
+  for (int i = 0; i < P; ++i) {
+    const T* line = in + i * args.input_stride_h + channel;
+    Floats d[P];
+#pragma GCC unroll 9
+    for (int j = 0; j < P; ++j) {
+      if (kWhole || ((lines >> i & columns >> j) & 1) != 0) {
+        d[j] = load(line + j * args.input_stride_w);
+        if (kPrologue) d[j] = relu((d[j] - mean) * scale + bias);
+      } else {
+        d[j] = Floats{};
+      }
+    }
+    Winograd<O, S>::input(d, half[i]);
+    if (S == 2 && i % 2 != 0) {  // a line of odd pixels, which stays as it is
+#pragma GCC unroll 9
+      for (int j = 0; j < P; ++j) put(O + 1 + i / 2, j, half[i][j]);
+    }
+  }
+#pragma GCC unroll 9
+  for (int j = 0; j < P; ++j) {
+    Floats d[P], out[P];
+#pragma GCC unroll 9
+    for (int i = 0; i < P; ++i) d[i] = half[i][j];
+    Winograd<O, S>::input(d, out);
+#pragma GCC unroll 9
+    for (int i = 0; i < P; ++i) {
+      if (!Line::odd(i)) put(i, j, out[i]);
+    }
+  }
+}
+
+// Where pixel (line, column) at position (i, j) of the tile after `rows`, which is `width` pixels
+// wide, is in a buffer.
+template <int O, int S>
+FASTRES_INLINE int64_t winograd_at(int i, int j, int line, int column, const WinogradRows& rows,
+                                   int width, int64_t row, int64_t stride) {
+  using Line = WinogradLine<O, S>;
+  const int64_t first = rows.count[Line::odd(i)][Line::odd(j)];
+  return Line::room(i, j) * stride + (first + line * (Line::odd(j) ? width : 1) + column) * row;
+}
+
+// Patches and products as floats. Its members are what winograd_block() needs of a form.
+template <int O, int S>
+struct WinogradFloats {
+  using Line = WinogradLine<O, S>;
+  int64_t row, stride;     // of patches: from a row, a position to the next
+  int64_t product_stride;  // of products: from a position to the next
+
+  WinogradFloats(int64_t tiles, int64_t ci)
+      : row(winograd_row(ci)),
+        stride(winograd_stride(tiles * row)),
+        product_stride(winograd_stride(tiles * kWinogradProductRow)) {}
+
+  // The patch of the tile after `rows` for all channels into v.
+  template <typename T, bool kWhole, bool kPrologue>
+  __attribute__((noinline)) static void patch(const WinogradFloats& to, const ConvArgs& args,
+                                              const T* in, unsigned lines, unsigned columns,
+                                              const WinogradRows& rows, const WinogradPlace& place,
+                                              float* v) {
+    const WinogradRows before = rows;
+    const int height = kWhole ? O : place.height, width = kWhole ? O : place.width;
+    for (int64_t c = 0; c < args.ci; c += kFloatLanes) {
+      winograd_transform<T, O, S, kWhole, kPrologue>(
+          args, in, lines, columns, c, [&](int i, int j, Floats x) FASTRES_LAMBDA_INLINE {
+            const int line = Line::pixel(i), column = Line::pixel(j);
+            if (line >= height || column >= width) return;
+            const int64_t at =
+                winograd_at<O, S>(i, j, line, column, before, width, to.row, to.stride);
+            store(v + at + c, x);
+          });
+    }
+  }
+
+  // products[position][row][channel] for panels [panel0, panel1).
+  void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
+                const WinogradScratch& scratch) const {
+    constexpr int K = Line::kKernels;
+    const int64_t panel_floats = winograd_panel_floats(O, args.ci);
+    const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
+    const int64_t channels = (panel1 - panel0) * kConvPanel;
+    for (int pair = 0; pair < K * K; ++pair) {
+      const int i = pair / K, j = pair % K;
+      const int64_t count = rows.count[Line::odd(i)][Line::odd(j)];
+      const int64_t groups = (count + kConvRows - 1) / kConvRows;
+      const float* patches = scratch.patches + Line::room(i, j) * stride;
+      float* products = scratch.products + Line::room(i, j) * product_stride;
+      const float* kernels =
+          args.weight + panel0 * panel_floats + pair * winograd_stride(args.ci * kConvPanel);
+      for (int64_t c = 0; c < channels; c += kConvColumns) {
+        const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
+        const bool both = channels - c >= kConvColumns;
+        const float* next = c + kConvColumns < channels
+                                ? kernel + kConvColumns / kConvPanel * panel_floats
+                                : kernels + winograd_stride(args.ci * kConvPanel);
+        int64_t first = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+          const int64_t ahead = group < groups - 1 ? 0 : next - kernel;
+          const int height = static_cast<int>(count / groups + (group < count % groups ? 1 : 0));
+          const float* pointers[kConvRows];
+          for (int m = 0; m < height; ++m) pointers[m] = patches + (first + m) * row;
+          const ConvTileFn compute =
+              both ? conv_tile_of<kConvVecs>(height) : conv_tile_of<1>(height);
+          compute(pointers, winograd_depth(args.ci), kernel, vec_stride, ahead,
+                  products + first * kWinogradProductRow + c, kWinogradProductRow);
+          first += height;
+        }
+      }
+    }
+  }
+};
+
+// Transforms one vector of the products of the tile after `rows` to its O x O pixels, one after the
+// other. Those that are not output are made of products of those that are.
+template <int O, int S>
+FASTRES_INLINE void winograd_pixels(const float* products, int64_t stride, const WinogradRows& rows,
+                                    const WinogradPlace& place, Floats* y) {
+  using Line = WinogradLine<O, S>;
+  constexpr int P = Line::kCount;
+  const auto inside = [](int pixel, int size)
+                          FASTRES_LAMBDA_INLINE { return pixel == 0 ? 0 : min(pixel, size - 1); };
+  Floats half[O][P];
+#pragma GCC unroll 9
+  for (int j = 0; j < P; ++j) {
+    Floats m[P], out[O];
+#pragma GCC unroll 9
+    for (int i = 0; i < P; ++i) {
+      const int line = inside(Line::pixel(i), place.height);
+      const int column = inside(Line::pixel(j), place.width);
+      m[i] = load(products + winograd_at<O, S>(i, j, line, column, rows, place.width,
+                                               kWinogradProductRow, stride));
+    }
+    Winograd<O, S>::output(m, out);
+#pragma GCC unroll 4
+    for (int i = 0; i < O; ++i) half[i][j] = out[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < O; ++i) Winograd<O, S>::output(half[i], y + i * O);
+}
+
+// The patches of tiles [tile0, tile1), in the form of `to`; returns their rows.
+template <typename T, int O, int S, typename Form>
+WinogradRows winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1, const Form& to,
+                              float* patches) {
+  constexpr int P = winograd_patch(O, S);
   constexpr unsigned all = (1u << P) - 1;
+  WinogradRows rows;
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const WinogradPlace place = winograd_place<O>(args, tile);
-    const int64_t h = place.h - args.pad_h, w = place.w - args.pad_w;
+    const int64_t h = place.h * S - args.pad_h, w = place.w * S - args.pad_w;
     const unsigned lines = winograd_inside<P>(h, args.ih);
     const unsigned columns = winograd_inside<P>(w, args.iw);
     const T* in = static_cast<const T*>(args.input) + place.n * args.input_stride_n +
                   h * args.input_stride_h + w * args.input_stride_w;
-    const bool whole = lines == all && columns == all;
+    const bool whole = lines == all && columns == all;  // so that all of the tile is output, too
     const auto transform =
         args.in_mean != nullptr
             ? (whole ? Form::template patch<T, true, true> : Form::template patch<T, false, true>)
             : (whole ? Form::template patch<T, true, false>
                      : Form::template patch<T, false, false>);
-    transform(to, args, in, lines, columns, patches + to.place(tile - tile0));
+    transform(to, args, in, lines, columns, rows, place, patches);
+    rows.pass(place);
   }
+  return rows;
 }
 
 // Transforms the products back and stores them after the epilogue. Returns 0 in every lane, or
 // what is not finite there.
-template <typename T, int O, bool kAffine, bool kResidual, bool kRelu>
+template <typename T, int O, int S, bool kAffine, bool kResidual, bool kRelu>
 Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t channel,
                       const float* products, int64_t stride, double* sums) {
   const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
@@ -280,10 +411,12 @@ Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t 
   const Floats shift = kAffine ? load(args.shift + channel) : Floats{};
   Floats bad = {};
   alignas(64) float pixels[O * O * kFloatLanes];
+  WinogradRows rows;
   for (int64_t tile = block.tile0; tile < block.tile1; ++tile) {
     const WinogradPlace place = winograd_place<O>(args, tile);
     Floats y[O * O];
-    winograd_pixels<O>(products + (tile - block.tile0) * kWinogradProductRow, stride, y);
+    winograd_pixels<O, S>(products, stride, rows, place, y);
+    rows.pass(place);
 #pragma GCC unroll 16
     for (int i = 0; i < O * O; ++i) bad += y[i] * 0.0f;
     const int64_t at = ((place.n * args.oh + place.h) * args.ow + place.w) * args.co + channel;
@@ -320,28 +453,29 @@ Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t 
   return bad;
 }
 
-template <typename T, int O>
+template <typename T, int O, int S>
 FASTRES_INLINE auto winograd_store_of(const ConvArgs& args) {
-  if (args.scale == nullptr) return winograd_store<T, O, false, false, false>;
+  if (args.scale == nullptr) return winograd_store<T, O, S, false, false, false>;
   if (args.residual == nullptr) {
-    return args.relu ? winograd_store<T, O, true, false, true>
-                     : winograd_store<T, O, true, false, false>;
+    return args.relu ? winograd_store<T, O, S, true, false, true>
+                     : winograd_store<T, O, S, true, false, false>;
   }
-  return args.relu ? winograd_store<T, O, true, true, true>
-                   : winograd_store<T, O, true, true, false>;
+  return args.relu ? winograd_store<T, O, S, true, true, true>
+                   : winograd_store<T, O, S, true, true, false>;
 }
 
-template <typename T, int O, typename Form>
+template <typename T, int O, int S, typename Form>
 bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
                     const WinogradScratch& scratch, double* sums) {
   const int64_t tiles = block.tile1 - block.tile0;
   const Form form(tiles, args.ci);
-  winograd_patches<T, O>(args, block.tile0, block.tile1, form, scratch.patches);
-  const auto finish = winograd_store_of<T, O>(args);
+  const WinogradRows rows =
+      winograd_patches<T, O, S>(args, block.tile0, block.tile1, form, scratch.patches);
+  const auto finish = winograd_store_of<T, O, S>(args);
   Floats bad = {};
   for (int64_t panel = block.panel0; panel < block.panel1; panel += kWinogradPanels) {
     const int64_t end = min(panel + kWinogradPanels, block.panel1);
-    form.multiply(args, tiles, panel, end, scratch);
+    form.multiply(args, rows, panel, end, scratch);
     for (int64_t c = 0; c < (end - panel) * kConvPanel; c += kFloatLanes) {
       bad += finish(args, block, panel * kConvPanel + c, scratch.products + c, form.product_stride,
                     sums);
@@ -365,13 +499,13 @@ void winograd_spread(const T* in, int64_t line, int64_t pixel, int height, int w
       for (int j = 0; j < 4; ++j) {
         y[j] = i < height && j < width ? load(in + i * line + j * pixel + c) : Floats{};
       }
-      Winograd<4>::output_transposed(y, half[i]);
+      Winograd<4, 1>::output_transposed(y, half[i]);
     }
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
       const Floats y[4] = {half[0][j], half[1][j], half[2][j], half[3][j]};
       Floats out[6];
-      Winograd<4>::output_transposed(y, out);
+      Winograd<4, 1>::output_transposed(y, out);
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) store(w + (i * 6 + j) * stride + c, out[i]);
     }
@@ -433,7 +567,7 @@ void winograd_gradient(const WinogradGradientArgs& args, const WinogradGradientB
                        float* scratch, float* sums) {
   constexpr int64_t stride = kWinogradGradientStride;
   constexpr int64_t row = winograd_row(kWinogradGradientChannels);
-  const WinogradFloats<4> form(kWinogradGradientTiles, kWinogradGradientChannels);
+  const WinogradFloats<4, 1> form(kWinogradGradientTiles, kWinogradGradientChannels);
   float* patches = scratch;
   float* spread = scratch + 36 * stride;
   const int64_t rows = block.ci1 - block.ci0, columns = block.co1 - block.co0;
@@ -449,7 +583,7 @@ void winograd_gradient(const WinogradGradientArgs& args, const WinogradGradientB
   const int64_t groups = (rows + kConvRows - 1) / kConvRows;
   for (int64_t tile = block.tile0; tile < block.tile1; tile += kWinogradGradientTiles) {
     const int64_t end = min(tile + kWinogradGradientTiles, block.tile1);
-    winograd_patches<T, 4>(conv, tile, end, form, patches);
+    winograd_patches<T, 4, 1>(conv, tile, end, form, patches);
     for (int64_t t = tile; t < end; ++t) {
       const WinogradPlace place = winograd_place<4>(conv, t);
       const T* in = static_cast<const T*>(args.gradient) +
@@ -490,7 +624,7 @@ inline bool winograd_gradient_end(const WinogradGradientBlock& block, const floa
           u[h] = load(sum);
           for (int n = 1; n < count; ++n) u[h] += load(sum + n * kWinogradSumFloats);
         }
-        Winograd<4>::kernel_transposed(u, g);
+        Winograd<4, 1>::kernel_transposed(u, g);
 #pragma GCC unroll 3
         for (int h = 0; h < 3; ++h) half[h][k] = g[h];
       }
@@ -498,7 +632,7 @@ inline bool winograd_gradient_end(const WinogradGradientBlock& block, const floa
 #pragma GCC unroll 3
       for (int h = 0; h < 3; ++h) {
         Floats g[3];
-        Winograd<4>::kernel_transposed(half[h], g);
+        Winograd<4, 1>::kernel_transposed(half[h], g);
 #pragma GCC unroll 3
         for (int w = 0; w < 3; ++w) {
           bad += g[w] * 0.0f;
@@ -518,7 +652,7 @@ inline bool winograd_gradient_end(const WinogradGradientBlock& block, const floa
 }
 
 // w.kh and w.kw are 3; w.co and w.ci are multiples of kConvPanel.
-template <int O>
+template <int O, int S>
 void winograd_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   constexpr int P = O + 2;
   const int64_t stride = winograd_stride(w.ci * kConvPanel);
@@ -540,13 +674,13 @@ void winograd_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t p
         for (int h = 0; h < 3; ++h) {
           const Floats g[3] = {load(taps[3 * h] + o), load(taps[3 * h + 1] + o),
                                load(taps[3 * h + 2] + o)};
-          Winograd<O>::kernel(g, half[h]);
+          Winograd<O, S>::kernel(g, half[h]);
         }
 #pragma GCC unroll 6
         for (int j = 0; j < P; ++j) {
           const Floats g[3] = {half[0][j], half[1][j], half[2][j]};
           Floats u[P];
-          Winograd<O>::kernel(g, u);
+          Winograd<O, S>::kernel(g, u);
 #pragma GCC unroll 6
           for (int k = 0; k < P; ++k) {
             store(out + (k * P + j) * stride + i * kConvPanel + o, u[k]);
