@@ -6,13 +6,14 @@ the heading `part`. `pytest --write-matrix docs/matrix.md` runs these tests and 
 
 from __future__ import annotations
 
-import ast
 import datetime
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -43,31 +44,34 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    """All rows, as they stand in the tests' sources."""
+    """All rows, as they stand at the tests."""
     return [row for file in sorted(TESTS.glob("test_*.py")) for row in _rows_of(file)]
 
 
 def _rows_of(file: Path) -> Iterator[Row]:
-    for test, name_of_test in _functions(ast.parse(file.read_text()), file.name):
-        for call in (node for mark in test.decorator_list for node in ast.walk(mark)):
-            if (
-                isinstance(call, ast.Call)
-                and isinstance(call.func, ast.Attribute)
-                and call.func.attr == "fits_in"
-            ):
-                name, part = (ast.literal_eval(argument) for argument in call.args)
-                yield Row(part, name, name_of_test)
+    if "fits_in(" not in file.read_text():
+        return
+    spec = importlib.util.spec_from_file_location(f"rows_of_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for test, name in _tests(module, file.name):
+        for mark in getattr(test, "pytestmark", ()):
+            parameters = mark.args[1] if mark.name == "parametrize" else ()
+            of_parameters = (one for each in parameters for one in getattr(each, "marks", ()))
+            for one in (mark, *of_parameters):
+                if one.name == "fits_in":
+                    yield Row(one.args[1], one.args[0], name)
 
 
-def _functions(
-    parent: ast.Module | ast.ClassDef, name: str
-) -> Iterator[tuple[ast.FunctionDef, str]]:
-    """The functions in it, and in its classes, by pytest's names."""
-    for child in parent.body:
-        if isinstance(child, ast.FunctionDef):
-            yield child, f"{name}::{child.name}"
-        elif isinstance(child, ast.ClassDef):
-            yield from _functions(child, f"{name}::{child.name}")
+def _tests(parent: Any, name: str) -> Iterator[tuple[Any, str]]:
+    """The tests in a module, and in its classes, by pytest's names."""
+    for child in vars(parent).values():
+        child_name = f"{name}::{getattr(child, '__name__', '')}"
+        if isinstance(child, FunctionType):
+            yield child, child_name
+        elif isinstance(child, type) and child.__name__.startswith("Test"):
+            yield from _tests(child, child_name)
 
 
 def page(ticks: dict[Row, str]) -> str:

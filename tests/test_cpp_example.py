@@ -40,13 +40,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "logits [4, 10], relative error " in done.stdout
     return folder / "build/cpp"
 
 
 def run_model(built: Path, library: Path, expected: Path) -> subprocess.CompletedProcess[str]:
     command = [built / "run_model", library, built / "model.pt", expected]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.fits_in("a C++ program with torch's libraries alone", "Compilers and exporters")
+def test_it_gives_the_logits_that_python_got(built: Path) -> None:
+    done = run_model(built, fastres.library_path(), built / "expected.pt")
+    assert done.returncode == 0, done.stderr
+    assert "logits [4, 10], relative error " in done.stdout
 
 
 def test_other_logits_are_told_by_the_exit_status(built: Path) -> None:

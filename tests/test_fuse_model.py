@@ -69,29 +69,36 @@ def hugging_face(**arguments):
 
 
 MODELS = {
-    "regnet x": regnet,
-    "regnet y": lambda: regnet(se_ratio=0.25),
-    "timm": timm_resnet,
-    "timm, d": lambda: timm_resnet("Bottleneck", stem_type="deep", stem_width=8, avg_down=True),
-    "timm, seresnext": lambda: timm_resnet(
+    "torchvision's ResNet": resnet,
+    "torchvision's ResNet, bottlenecks": lambda: resnet(Bottleneck),
+    "torchvision's Wide ResNet": lambda: resnet(Bottleneck, width_per_group=128),
+    "torchvision's ResNeXt": lambda: resnet(Bottleneck, groups=4, width_per_group=4),
+    "torchvision's RegNet X": regnet,
+    "torchvision's RegNet Y": lambda: regnet(se_ratio=0.25),
+    "torchvision's ResNet, FrozenBatchNorm2d": lambda: resnet(norm_layer=FrozenBatchNorm2d),
+    "torchvision's detection backbone": backbone,
+    "timm's ResNet": timm_resnet,
+    "timm's ResNet-D": lambda: timm_resnet(
+        "Bottleneck", stem_type="deep", stem_width=8, avg_down=True
+    ),
+    "timm's SE-ResNeXt": lambda: timm_resnet(
         "Bottleneck", cardinality=4, base_width=8, block_args={"attn_layer": "se"}
     ),
-    "timm, resnetv2": timm_resnetv2,
-    "hugging face": hugging_face,
-    "hugging face, basic": lambda: hugging_face(layer_type="basic"),
-    "resnet": resnet,
-    "resnet, bottleneck": lambda: resnet(Bottleneck),
-    "resnext": lambda: resnet(Bottleneck, groups=4, width_per_group=4),
-    "frozen": lambda: resnet(norm_layer=FrozenBatchNorm2d),
-    "detection": backbone,
+    "timm's ResNetV2": timm_resnetv2,
+    "Hugging Face's ResNet": hugging_face,
+    "Hugging Face's ResNet, basic blocks": lambda: hugging_face(layer_type="basic"),
 }
 
 
 def build(name):
     """The model with weights and statistics as of a trained one, and its input (N, 3, H, W)."""
+    return with_values(MODELS[name]), torch.randn(2, 3, 32, 24)
+
+
+def with_values(make):
     torch.manual_seed(0)
     with torch.device("meta"):  # the usual initialisation takes longer than the tests
-        model = MODELS[name]()
+        model = make()
     model.to_empty(device="cpu")
     for value in model.state_dict().values():
         if value.dim() > 1:
@@ -100,7 +107,7 @@ def build(name):
             value.uniform_(0.5, 1.5)
         else:
             value.zero_()
-    return well_conditioned(model), torch.randn(2, 3, 32, 24)
+    return well_conditioned(model)
 
 
 def tensors_of(output):
@@ -138,7 +145,13 @@ def worst(key, results, exact):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.fits_in(name, "Models that others wrote"))
+        for name in MODELS
+    ],
+)
 def test_answers_gradients_and_statistics(name, train):
     model, x = build(name)
     fused = fastres.fuse_model(model)
@@ -157,19 +170,45 @@ def test_answers_gradients_and_statistics(name, train):
             assert found <= factor * yardstick + floor, key
 
 
+@pytest.mark.parametrize(
+    ("library", "make"),
+    [
+        ("torchvision", lambda library: library.models.resnet50()),
+        ("torchvision", lambda library: library.models.wide_resnet50_2()),
+        ("timm", lambda library: library.create_model("resnet50")),
+        (
+            "transformers",
+            lambda library: library.ResNetForImageClassification(
+                library.ResNetConfig(num_labels=1000)
+            ),
+        ),
+    ],
+    ids=["resnet50", "wide_resnet50_2", "timm's resnet50", "Hugging Face's ResNet-50"],
+)
+def test_published_models(library, make):
+    library = pytest.importorskip(library, reason="pip install -e '.[test]'")
+    model, x = with_values(lambda: make(library)).eval(), torch.randn(1, 3, 64, 64)
+    fused = fastres.fuse_model(model)
+    assert (len(fused.fastres_report.fused), fused.fastres_report.left) == (53, ())
+    with torch.no_grad():
+        ours, theirs = (tensors_of(m(x))[0] for m in (fused, model))
+        (exact,) = tensors_of(model.double()(x.double()))
+    assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + 2e-7
+
+
 # By kind: conv + bn + relu, conv + bn + add + relu, conv + bn, add + relu; then the layers left.
 COUNTS = {
-    "regnet x": (5, 2, 2, 0, 0),
-    "regnet y": (5, 2, 2, 0, 4),
-    "timm": (6, 5, 3, 0, 0),
-    "timm, d": (13, 5, 4, 0, 0),
-    "timm, seresnext": (11, 3, 5, 2, 10),
-    "timm, resnetv2": (4, 0, 0, 0, 9),
-    "hugging face": (7, 3, 1, 0, 0),
-    "hugging face, basic": (4, 3, 1, 0, 0),
-    "resnet": (3, 2, 1, 0, 0),
-    "resnet, bottleneck": (5, 2, 2, 0, 0),
-    "detection": (3, 2, 1, 0, 0),
+    "torchvision's RegNet X": (5, 2, 2, 0, 0),
+    "torchvision's RegNet Y": (5, 2, 2, 0, 4),
+    "timm's ResNet": (6, 5, 3, 0, 0),
+    "timm's ResNet-D": (13, 5, 4, 0, 0),
+    "timm's SE-ResNeXt": (11, 3, 5, 2, 10),
+    "timm's ResNetV2": (4, 0, 0, 0, 9),
+    "Hugging Face's ResNet": (7, 3, 1, 0, 0),
+    "Hugging Face's ResNet, basic blocks": (4, 3, 1, 0, 0),
+    "torchvision's ResNet": (3, 2, 1, 0, 0),
+    "torchvision's ResNet, bottlenecks": (5, 2, 2, 0, 0),
+    "torchvision's detection backbone": (3, 2, 1, 0, 0),
 }
 
 
@@ -192,7 +231,15 @@ def test_the_report_says_what_was_fused_and_what_was_not(name):
     assert str(report).startswith(f"{len(kinds)} units fused, {len(left)} layers left")
 
 
-@pytest.mark.parametrize("name", ["resnet", "timm, d", "hugging face", "frozen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision's ResNet",
+        "timm's ResNet-D",
+        "Hugging Face's ResNet",
+        "torchvision's ResNet, FrozenBatchNorm2d",
+    ],
+)
 def test_the_model_keeps_all_it_holds(name):
     model, _ = build(name)
     names = list(model.state_dict())
@@ -216,7 +263,7 @@ def test_the_model_keeps_all_it_holds(name):
         assert isinstance(module, cls)
 
 
-@pytest.mark.parametrize("name", ["resnet", "timm", "hugging face"])
+@pytest.mark.parametrize("name", ["torchvision's ResNet", "timm's ResNet", "Hugging Face's ResNet"])
 def test_copies_and_pickles_stay_fused(name):
     model, x = build(name)
     fused = fastres.fuse_model(model).eval()
@@ -233,7 +280,7 @@ def test_copies_and_pickles_stay_fused(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_frozen_batch_norms_give_the_dtype_that_they_gave(dtype, autocast):
-    model, x = build("frozen")
+    model, x = build("torchvision's ResNet, FrozenBatchNorm2d")
     model, x = model.layer1.to(dtype), torch.randn(2, 64, 8, 8, dtype=dtype)
     fused = fastres.fuse_model(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
@@ -363,6 +410,7 @@ def assert_same_steps(model, fused, x):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-9, msg=key)
 
 
+@pytest.mark.fits_in("a network of one's own", "Models that others wrote")
 @pytest.mark.parametrize("kind", OTHERS)
 def test_blocks_that_others_wrote(kind):
     make, units = OTHERS[kind]
@@ -464,7 +512,9 @@ def test_layers_that_hooks_watch_say_so():
 # ---- what torch makes of a fused model
 
 
-@pytest.mark.parametrize(("name", "units"), [("timm", [13]), ("hugging face", [6])])
+@pytest.mark.parametrize(
+    ("name", "units"), [("timm's ResNet", [13]), ("Hugging Face's ResNet", [6])]
+)
 def test_without_gradients_blocks_are_one_call(name, units):
     model, x = build(name)
     fused = fastres.fuse_model(model).eval()
@@ -476,7 +526,7 @@ def test_without_gradients_blocks_are_one_call(name, units):
 
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
-@pytest.mark.parametrize("name", ["resnet", "timm"])
+@pytest.mark.parametrize("name", ["torchvision's ResNet", "timm's ResNet"])
 def test_torchscript_compile_and_export(name):
     model, x = build(name)
     fused = fastres.fuse_model(model).eval()

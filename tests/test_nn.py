@@ -337,6 +337,7 @@ def inference_update(weight):
         weight.mul_(3)
 
 
+@pytest.mark.fits_in("weights that change between two evaluations", "Training")
 @pytest.mark.parametrize("change", CHANGES)
 def test_packed_weights_are_never_stale(change):
     plain, fused, x = pair(dtype=torch.float32)
@@ -352,6 +353,7 @@ def test_packed_weights_are_never_stale(change):
             torch.testing.assert_close(fused(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fits_in("training and evaluation in turn", "Training")
 def test_train_eval_train_eval_with_steps_between():
     plain, fused, x = pair(dtype=torch.float32)
     optimizer = torch.optim.SGD(fused.parameters(), 0.1)

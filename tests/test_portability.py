@@ -82,6 +82,7 @@ def functions(assembly: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.mark.fits_in("aarch64: the loops are NEON's multiply-adds", "Other machines")
 def test_kernels_are_neon(tmp_path: Path, cache: Path) -> None:
     """Without torch's headers, of which the kernels include none."""
     flags = ("-S", "-O3", "-ffp-contract=fast", "-fno-math-errno")
@@ -97,6 +98,7 @@ def test_kernels_are_neon(tmp_path: Path, cache: Path) -> None:
     assert not re.search(r"\bbl\s+fmaf?\b", assembly)
 
 
+@pytest.mark.fits_in("aarch64: every source compiles", "Other machines")
 @pytest.mark.slow
 def test_every_source_compiles(tmp_path: Path, cache: Path) -> None:
     import pybind11
