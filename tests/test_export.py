@@ -72,12 +72,47 @@ def assert_only(best: Path, *names: str) -> None:
     assert sorted(path.name for path in best.parent.iterdir()) == sorted(["best.pt", *names])
 
 
+IMAGES = (torch.randn(2, 3, 24, 24),)
+DYNAMIC = ({0: torch.export.Dim("batch")},)
+
+
+def fused_model(*, later: bool) -> nn.Module:
+    """Half a ResNet with a max-pool, fused as it was built or by fuse_model."""
+    model = half_a_resnet("resnet18", {"fused": not later, "num_classes": 4}).eval()
+    for value in model.state_dict().values():
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1)
+    model.maxpool = nn.MaxPool2d(3, 2, 1)
+    return fastres.fuse_model(model) if later else model
+
+
+def assert_standard(
+    exported: nn.Module | torch.export.ExportedProgram, model: nn.Module, **arguments: Any
+) -> None:
+    """Its ONNX has standard operators alone, and the model's answers in ONNX Runtime."""
+    ort = pytest.importorskip("onnxruntime")
+    program = torch.onnx.export(exported, dynamo=True, **arguments)
+    assert program is not None
+    assert {node.domain for node in program.model_proto.graph.node} == {""}
+    session = ort.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for n in (1, 5):
+        images = torch.randn(n, 3, 24, 24)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            assert relative_error(torch.from_numpy(found), model(images)) < 1e-5
+
+
 def load(path: Path, extra: dict[str, Any]) -> Any:
     if path.suffix == ".pt2":
         return torch.export.load(path, extra_files=extra).module()
     return torch.jit.load(path, _extra_files=extra)
 
 
+@pytest.mark.fits_in("fastres export: files for torch", "Compilers and exporters")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("form", TORCH_FORMATS)
 def test_torch_loads_it_and_gives_the_same(form: str, fused: bool, best: Path) -> None:
@@ -150,6 +185,7 @@ class TestOnnx:
     def _needs(self) -> None:
         pytest.importorskip("onnxscript")
 
+    @pytest.mark.fits_in("fastres export: ONNX, in ONNX Runtime", "Compilers and exporters")
     def test_runtime_and_reference_give_the_same(
         self, best: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -176,32 +212,23 @@ class TestOnnx:
         images = torch.randn(2, 3, 24, 24)
         assert relative_error(run(images), logits(best, images)) < 1e-5
 
+    @pytest.mark.fits_in(
+        "torch.onnx.export by standard operators, in ONNX Runtime", "Compilers and exporters"
+    )
     @pytest.mark.parametrize("later", [False, True], ids=["fused", "fuse_model"])
-    def test_torch_exports_a_fused_model_by_itself(self, later: bool, tmp_path: Path) -> None:
-        onnx = pytest.importorskip("onnx")
-        ort = pytest.importorskip("onnxruntime")
-        model = half_a_resnet("resnet18", {"fused": not later, "num_classes": 4}).eval()
-        for value in model.state_dict().values():
-            if value.dim() > 1:
-                value.normal_(0, value[0].numel() ** -0.5)
-            elif value.is_floating_point():
-                value.uniform_(0.5, 1)
-        if later:
-            model = fastres.fuse_model(model)
-        model.maxpool = nn.MaxPool2d(3, 2, 1)
-        batch = torch.export.Dim("batch")
-        arguments = (torch.randn(2, 3, 24, 24),)
-        program = torch.onnx.export(model, arguments, dynamo=True, dynamic_shapes=({0: batch},))
-        assert program is not None
-        program.save(tmp_path / "model.onnx")
-        nodes = onnx.load(tmp_path / "model.onnx").graph.node
-        assert {node.domain for node in nodes} == {""}
-        session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-        for n in (1, 5):
-            images = torch.randn(n, 3, 24, 24)
-            (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-            with torch.no_grad():
-                assert relative_error(torch.from_numpy(found), model(images)) < 1e-5
+    def test_torch_exports_a_fused_model_by_itself(self, later: bool) -> None:
+        model = fused_model(later=later)
+        assert_standard(model, model, args=IMAGES, dynamic_shapes=DYNAMIC)
+
+    @pytest.mark.fits_in(
+        "torch.export, then torch.onnx.export, in ONNX Runtime", "Compilers and exporters"
+    )
+    def test_torch_exports_a_program_whose_ops_were_decomposed(self) -> None:
+        model = fused_model(later=False)
+        program = torch.export.export(model, IMAGES, dynamic_shapes=DYNAMIC)
+        with pytest.raises(Exception, match=r"No ONNX function found for .*fastres\.conv_bn_relu"):
+            torch.onnx.export(program, dynamo=True)
+        assert_standard(program.run_decompositions(fastres.ops.decompositions()), model)
 
     def test_a_residual_add_that_was_fused(self) -> None:
         """As standard operators, those of the model before."""

@@ -93,6 +93,7 @@ def assert_same_answers(scripted, model, x):
             assert relative_error(scripted(x), expected) < 1e-5
 
 
+@pytest.mark.fits_in("torch.jit.script: frozen, saved, loaded", "Compilers and exporters")
 @fused_or_plain
 @pytest.mark.parametrize("name", FAMILY)
 def test_script_freeze_save_load(name, fused):
@@ -102,6 +103,7 @@ def test_script_freeze_save_load(name, fused):
     assert_same_answers(saved_and_loaded(scripted), model, x)
 
 
+@pytest.mark.fits_in("torch.jit.trace: frozen, saved, loaded", "Compilers and exporters")
 @pytest.mark.parametrize(
     ("name", "fused"), [("resnet18", False), *((name, True) for name in FAMILY)]
 )
@@ -116,7 +118,7 @@ def test_trace_freeze_save_load(name, fused):
         assert "fastres::pack_conv_weight" not in graph  # freezing has packed the weights
 
 
-@pytest.mark.fits_in("torch.jit.script", "Compilers and exporters")
+@pytest.mark.fits_in("torch.jit.script with every stem and shortcut", "Compilers and exporters")
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("shortcut", ["projection", "zero_pad"])
 def test_script_with_every_stem_and_shortcut(stem, shortcut):
@@ -124,6 +126,7 @@ def test_script_with_every_stem_and_shortcut(stem, shortcut):
     assert_same_answers(torch.jit.script(model), model, torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.fits_in("torch.jit.script in training", "Compilers and exporters")
 @pytest.mark.parametrize(
     ("name", "fused"), [("resnet18", False), ("resnet18", True), ("resnet50", True)]
 )
@@ -261,6 +264,7 @@ def test_compile_with_a_max_pool(train):
     assert_compiles(stem, torch.randn(2, 3, 32, 32), train)
 
 
+@pytest.mark.fits_in('torch.compile(mode="reduce-overhead")', "Compilers and exporters")
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_compile_to_reduce_overhead(train):
     """Which takes CUDA graphs where there is CUDA."""
@@ -268,6 +272,7 @@ def test_compile_to_reduce_overhead(train):
     assert_compiles(block, torch.randn(2, 64, 8, 8), train, mode="reduce-overhead")
 
 
+@pytest.mark.fits_in("torch.compile with a dynamic batch", "Compilers and exporters")
 @ours_or_own
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_compile_with_any_batch(train, kind):
@@ -280,6 +285,7 @@ def test_compile_with_any_batch(train, kind):
             torch.testing.assert_close(compiled(x), eager(x))
 
 
+@pytest.mark.fits_in("torch.compile under autocast", "Compilers and exporters")
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_compile_under_autocast(train):
     block = build().layer2[0].train(train)
@@ -298,6 +304,10 @@ def test_compile_with_cumulative_statistics():
     assert_compiles(block, torch.randn(2, 64, 8, 8), True, backend="aot_eager")
 
 
+@pytest.mark.fits_in(
+    "torch.compile: training and evaluation in turn, compiled once each",
+    "Compilers and exporters",
+)
 @ours_or_own
 def test_train_and_eval_in_turn_are_compiled_once_each(kind):
     model, x = small(kind), torch.randn(4, 3, 16, 16)
@@ -340,6 +350,10 @@ def test_export_with_any_batch(name, stem):
     assert "fastres.pack_conv_weight.default" not in targets
 
 
+@pytest.mark.fits_in(
+    "fuse_model, then torch.jit.script, torch.jit.trace or torch.export, saved and loaded",
+    "Compilers and exporters",
+)
 @pytest.mark.parametrize("how", ["script", "trace", "export"])
 def test_torchvisions_model_that_was_fused(how):
     model, x = two_stages("torchvision").eval(), torch.randn(2, 3, 32, 32)
@@ -359,6 +373,31 @@ def test_torchvisions_model_that_was_fused(how):
     assert len(re.findall(r"fastres[:.]+conv_bn_relu", graph)) == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_a_program_in_torchs_own_operators(train, dtype):
+    model, x = two_stages("fastres").train(train).to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
+    exported = torch.export.export(model, (x,))
+    assert "fastres." in str(exported.graph)
+    plain = exported.run_decompositions(fastres.ops.decompositions())
+    assert "fastres." not in str(plain.graph)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float64: 1e-9}[dtype]
+    torch.testing.assert_close(plain.module()(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_a_program_of_residual_adds_in_torchs_own_operators():
+    class Residual(nn.Module):
+        def forward(self, x):
+            return torch.relu(x + x.flip(0))
+
+    model, x = fastres.fuse_model(Residual()), torch.randn(2, 3, 4, 4)
+    exported = torch.export.export(model, (x,))
+    assert "fastres.add_relu" in str(exported.graph)
+    plain = exported.run_decompositions(fastres.ops.decompositions())
+    assert "fastres." not in str(plain.graph)
+    torch.testing.assert_close(plain.module()(x), model(x))
+
+
 def test_export_of_a_module_in_two_places():
     block, x = build().layer1[0].eval(), torch.randn(2, 64, 8, 8)
     model = nn.Sequential(block, block)
@@ -370,6 +409,7 @@ def test_export_of_a_module_in_two_places():
     assert not any(target.startswith(("aten.conv2d", "aten.batch_norm")) for target in targets)
 
 
+@pytest.mark.fits_in("a package of AOTInductor, with a dynamic batch", "Compilers and exporters")
 def test_a_package_of_aot_inductor(tmp_path):
     """The ops in it are ours, called from compiled C++."""
     block = build().layer1[0].eval()

@@ -16,6 +16,7 @@ from fastres.ops.conv_bn_relu import (
 )
 from fastres.ops.conv_chain import conv_chain
 from fastres.ops.conv_stats import conv_stats
+from fastres.ops.decompositions import decompositions
 from fastres.ops.max_pool2d import max_pool2d
 from fastres.ops.recomputed import bn_add_relu_recomputed, in_a_row
 
@@ -26,6 +27,7 @@ __all__ = [
     "conv_bn_relu",
     "conv_chain",
     "conv_stats",
+    "decompositions",
     "in_a_row",
     "max_pool2d",
     "pack_conv_weight",
