@@ -34,11 +34,19 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_snippets(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by itself, as it would be pasted."""
+def test_python_snippets(
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each by itself, as it would be pasted; a text after it is what it prints."""
     monkeypatch.chdir(tmp_path)
-    for block in blocks(page, "python"):
+    both = r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?"
+    for block, printed in re.findall(both, PAGES[page], flags=re.S | re.M):
         exec(compile(block, f"docs/{page}.md", "exec"), {"__name__": "__main__"})
+        said = capsys.readouterr().out
+        assert not printed or said == printed
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
@@ -56,6 +64,15 @@ def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for word in words:
             if word.startswith(("bench/", "examples/", "tools/")):
                 assert (ROOT / word).exists(), line
+
+
+def test_the_reasons_on_the_page_are_those_of_fuse_model() -> None:
+    """By the words between what is filled in."""
+    sources = "".join(path.read_text() for path in (ROOT / "fastres" / "fuse").glob("*.py"))
+    table = PAGES["fuse_model"].split("## Why a layer")[1]
+    for reason in re.findall(r"^\| `(.+?)` \|", table, flags=re.M):
+        for words in re.split(r"NAME \(CLASS\)|CLASS|ERROR|'\w+'", reason):
+            assert words.removeprefix("the forward of NAME").strip() in sources, reason
 
 
 def test_every_public_op_is_in_the_reference() -> None:

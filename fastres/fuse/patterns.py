@@ -113,7 +113,7 @@ def why_no_unit(conv: Node, root: nn.Module) -> str:
     follower = module_of(users[0], root)
     if follower is None:
         return "no BatchNorm2d follows it"
-    return f"is followed by a {type(follower).__name__}, not by a BatchNorm2d"
+    return f"is followed by {type(follower).__name__}, not by BatchNorm2d"
 
 
 def _unit_of(bn: Node, root: nn.Module, taken: set[Node]) -> Unit | None:
