@@ -1,7 +1,7 @@
 """docs/matrix.md: what a fused model fits in with, each row with the tick that its tests wrote.
 
 A test with `@pytest.mark.fits_in(row, part)` is the row, or one of its tests, of the table under
-the heading `part`. `pytest --write-matrix docs/matrix.md` runs these tests and writes the page.
+the heading `part`. `pytest --write-matrix=docs/matrix.md` runs these tests and writes the page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime")
 HEAD = """# What it fits in with
 
 Each row is a test that fuses a model and compares it with the plain one: a tick means that all
-that is compared was the same. `pytest --write-matrix docs/matrix.md` ran the tests and wrote this
+that is compared was the same. `pytest --write-matrix=docs/matrix.md` ran the tests and wrote this
 page.
 """
 

@@ -14,5 +14,5 @@ def test_page_has_exactly_the_tests_rows() -> None:
         elif line.startswith("| ✓ | "):
             ticked.append((part, line.removeprefix("| ✓ | ")))
     expected = [(row.part, row.line) for row in matrix.rows()]
-    assert sorted(ticked) == sorted(expected), "run pytest --write-matrix docs/matrix.md"
+    assert sorted(ticked) == sorted(expected), "run pytest --write-matrix=docs/matrix.md"
     assert sum(line.startswith("|") for line in lines) == len(ticked) + 2 * len(dict(ticked))
