@@ -343,7 +343,8 @@ def test_export_with_any_batch(name, stem):
     for n in (1, 2, 5):
         x = torch.randn(n, 3, 16, 16)
         with torch.no_grad():
-            torch.testing.assert_close(module(x), model(x))
+            # The graph packs no weights, which can make other algorithms the cheapest.
+            torch.testing.assert_close(module(x), model(x), rtol=1e-4, atol=1e-5)
     targets = {str(node.target) for node in exported.graph.nodes}
     assert "fastres.conv_bn_relu.default" in targets
     assert ("fastres.max_pool2d.default" in targets) == (stem == "imagenet")
