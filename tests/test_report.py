@@ -202,6 +202,8 @@ class TestChart:
         made = chart("t", [Series("s", 0, False, points)])
         assert [len(piece) for piece in made.lines[0].pieces] == [1, 2]
         assert chart("t", [Series("s", 0, False, ())]).lines[0].pieces == ()
+        one = chart("t", [Series("s", 0, False, ((1.0, 0.02),))])
+        assert [text for _, text in one.x_ticks] == ["1"]
         assert chart("t", [Series("s", 0, False, ((1.0, 0.0),))]).lines[0].pieces[0][0][0] > LEFT
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 10, 10, 36  # left: a number of 8 characters
 MOST_DOTS = 30
 
 
@@ -60,6 +60,7 @@ def chart(title: str, series: Sequence[Series], suffix: str = "") -> Chart:
     y_values = [float(y) for y in y_locator.tick_values(y_low, y_high)]
     y_low, y_high = min(y_low, y_values[0]), max(y_high, y_values[-1])
     x_values = [float(x) for x in x_locator.tick_values(x_low, x_high) if x_low <= x <= x_high]
+    x_values = [x for x in x_values if x.is_integer()]  # a single epoch's are not
 
     def x_at(x: float) -> float:
         return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
