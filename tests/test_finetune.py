@@ -122,12 +122,12 @@ class TestFiles:
         ("content", "message"),
         [
             (b"", "is damaged or holds no weights"),
-            (b"hello", "is damaged or holds no weights"),
+            (b"hello", "is damaged or holds no weights: expected a file of tensors and plain"),
             ([1, 2], "holds a list, expected a state_dict"),
             ({}, "holds no state_dict: expected names and tensors"),
             ({"a": 1}, "holds no state_dict: expected names and tensors"),
             ({"model": {"a": "b"}}, "holds no state_dict: expected names and tensors"),
-            (fresh, "is damaged or holds no weights"),
+            (fresh, "is damaged or holds no weights: expected a file of tensors and plain"),
         ],
     )
     def test_damaged_files_are_named(self, content: Any, message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,19 @@ def load(path: Path, keys: frozenset[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
     except Exception as error:  # zip, pickle and torch each have errors of their own for damage
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint of fastres: {reason}") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of fastres: {why_unreadable(error)}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of fastres")
     if missing := sorted(keys - content.keys()):
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: it cannot be used for this")
     return content
+
+
+def why_unreadable(error: Exception) -> str:
+    """What kept torch.load from reading a file, in one line."""
+    # The first advises to load what may run code, the second is a number.
+    if isinstance(error, pickle.UnpicklingError | LookupError):
+        return "expected a file of tensors and plain values"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models import get_model_weights
 
+from fastres.train import checkpoint
 from fastres.train.config import ConfigError
 from fastres.train.errors import CheckpointError
 
@@ -85,7 +86,7 @@ def _read(path: Path, name: str) -> tuple[dict[str, Tensor], list[str] | None]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own for damage
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = checkpoint.why_unreadable(error)
         raise CheckpointError(f"{path} is damaged or holds no weights: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state_dict")
