@@ -25,9 +25,10 @@ PAGE = TESTS.parent / "docs" / "matrix.md"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime")
 HEAD = """# What it fits in with
 
-Each row is a test that fuses a model and compares it with the plain one: a tick means that all
-that is compared was the same. `pytest --write-matrix=docs/matrix.md` ran the tests and wrote this
-page.
+Each row is a test that fuses a model and compares it with the plain one (under Other machines,
+that compiles the sources): a tick means that all that is compared was the same.
+`pytest --write-matrix=docs/matrix.md` ran the tests and wrote this page. Versions of Python and
+torch have [a page of their own](compat.md).
 """
 
 
