@@ -121,6 +121,7 @@ inline bool drop_stride(ConvArgs& args, ConvShape& s) {
 
 // Everything that args say about sizes.
 inline void set_sizes(ConvArgs& args, const ConvShape& s) {
+  args.n = s.n;
   args.ih = s.ih;
   args.iw = s.iw;
   args.ci = s.ci;

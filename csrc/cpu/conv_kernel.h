@@ -12,7 +12,7 @@ struct ConvArgs {
   // (n, ih, iw, ci) with channels next to each other; the other strides, in elements, are free.
   const void* input;
   int64_t input_stride_n, input_stride_h, input_stride_w;
-  int64_t ih, iw, ci;
+  int64_t n, ih, iw, ci;
   // Prologue relu((input - in_mean) * in_scale + in_bias), or null; padded to whole panels.
   const float* in_mean;
   const float* in_scale;

@@ -32,6 +32,20 @@ struct ConvDepth {
   int64_t stretch = kConvStretch;
 };
 
+// What is asked for little by little, while something else is computed.
+struct Prefetch {
+  const char* begin;
+  int64_t bytes;
+
+  // Part `i` of `parts`.
+  FASTRES_INLINE void part(int64_t i, int64_t parts) const {
+    const int64_t end = bytes * (i + 1) / parts;
+    for (int64_t at = bytes * i / parts; at < end; at += 64) {
+      __builtin_prefetch(begin + at, 0, 2);
+    }
+  }
+};
+
 // tile[m * tile_stride + v * lanes] = sum over k of rows[m][k] * weight[v * vec_stride + 16 * k].
 // The weights `ahead` after these go to the second level cache.
 template <int M, int V>
@@ -324,6 +338,12 @@ void conv_block(const ConvArgs& args, const ConvBlock& block, const ConvScratch&
         const int64_t ahead = !fits           ? kPrefetchSteps * kConvPanel
                               : t < tiles - 1 ? 0
                                               : group / kConvPanel * panel_floats;
+        // The memory has the time of the products to bring what the store will add.
+        for (int m = 0; args.residual != nullptr && m < rows; ++m) {
+          const T* residual = static_cast<const T*>(args.residual) + offsets[m] + c;
+          __builtin_prefetch(residual);
+          __builtin_prefetch(residual + channels - 1);
+        }
         compute(scratch.rows + first, depth, weight, vec_stride, ahead, tile, kConvColumns);
         if (whole == kConvVecs) {
           store_both(args, tile, rows, offsets, c);

@@ -46,7 +46,7 @@ struct WinogradParts {
   }
 
   void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
-                const WinogradScratch& scratch) const {
+                const WinogradScratch& scratch, const Prefetch&) const {
     const int64_t tiles = rows.count[0][0];
     const int64_t position_parts = amx_panel_floats(1, args.ci);
     const int64_t panel_parts = kPositions * position_parts;

@@ -311,8 +311,9 @@ struct WinogradFloats {
 
   // products[position][row][channel] for panels [panel0, panel1).
   void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
-                const WinogradScratch& scratch) const {
+                const WinogradScratch& scratch, const Prefetch& next_input) const {
     constexpr int K = Line::kKernels;
+    const int64_t all_panels = (args.co + kConvPanel - 1) / kConvPanel;
     const int64_t panel_floats = winograd_panel_floats(O, args.ci);
     const int64_t vec_stride = kFloatLanes == kConvPanel ? panel_floats : kFloatLanes;
     const int64_t channels = (panel1 - panel0) * kConvPanel;
@@ -325,6 +326,8 @@ struct WinogradFloats {
       const float* kernels =
           args.weight + panel0 * panel_floats + pair * winograd_stride(args.ci * kConvPanel);
       for (int64_t c = 0; c < channels; c += kConvColumns) {
+        next_input.part((panel0 * kConvPanel * K * K + pair * channels + c) / kConvColumns,
+                        all_panels * kConvPanel * K * K / kConvColumns);
         const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
         const bool both = channels - c >= kConvColumns;
         const float* next = c + kConvColumns < channels
@@ -464,6 +467,22 @@ FASTRES_INLINE auto winograd_store_of(const ConvArgs& args) {
                    : winograd_store<T, O, S, true, true, false>;
 }
 
+// The input of the next block, in whole lines, if these are next to each other.
+template <typename T, int O, int S>
+FASTRES_INLINE Prefetch winograd_next_input(const ConvArgs& args, const WinogradBlock& block) {
+  const int64_t tiles = args.n * ((args.oh + O - 1) / O) * ((args.ow + O - 1) / O);
+  const auto line = [&](int64_t tile) {
+    const WinogradPlace place = winograd_place<O>(args, min(tile, tiles - 1));
+    return static_cast<const T*>(args.input) + place.n * args.input_stride_n +
+           min(place.h * S + (place.w > 0 ? O * S : 0), args.ih - 1) * args.input_stride_h;
+  };
+  const bool dense = args.input_stride_w == args.ci && args.input_stride_h == args.iw * args.ci &&
+                     args.input_stride_n == args.ih * args.input_stride_h;
+  const auto* begin = reinterpret_cast<const char*>(line(block.tile1));
+  const auto* end = reinterpret_cast<const char*>(line(2 * block.tile1 - block.tile0));
+  return {begin, dense ? end - begin : 0};
+}
+
 template <typename T, int O, int S, typename Form>
 bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
                     const WinogradScratch& scratch, double* sums) {
@@ -471,11 +490,12 @@ bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
   const Form form(tiles, args.ci);
   const WinogradRows rows =
       winograd_patches<T, O, S>(args, block.tile0, block.tile1, form, scratch.patches);
+  const Prefetch next_input = winograd_next_input<T, O, S>(args, block);
   const auto finish = winograd_store_of<T, O, S>(args);
   Floats bad = {};
   for (int64_t panel = block.panel0; panel < block.panel1; panel += kWinogradPanels) {
     const int64_t end = min(panel + kWinogradPanels, block.panel1);
-    form.multiply(args, rows, panel, end, scratch);
+    form.multiply(args, rows, panel, end, scratch, next_input);
     for (int64_t c = 0; c < (end - panel) * kConvPanel; c += kFloatLanes) {
       bad += finish(args, block, panel * kConvPanel + c, scratch.products + c, form.product_stride,
                     sums);
