@@ -22,7 +22,8 @@ import fastres  # noqa: F401  (registers the ops)
 from cases import RESNET_CONVS, Conv
 from tolerances import largest_error, relative_error
 
-ALGORITHMS = ("aten", "packed", "amx", "winograd2", "winograd4")
+FAST = ("strassen", "winograd2", "winograd4")
+ALGORITHMS = ("aten", "packed", "amx", *FAST)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,7 +68,7 @@ def rows(conv: Conv, dtype: torch.dtype) -> list[str]:
     exact = exact_step(conv, [x, w, dz])
     lines = []
     for algorithm in ALGORITHMS:
-        if algorithm.startswith("winograd") and algorithm not in conv.winograd:
+        if algorithm in FAST and algorithm not in conv.fast:
             continue
         os.environ["FASTRES_CPU_ALGORITHM"] = algorithm
         errors = [
