@@ -72,7 +72,7 @@ void strassen_pack(const ConvWeight& weight, float* packed) {
 }
 
 double strassen_cost(const ConvShape& s, bool packing) {
-  constexpr double pack_cost = 10.0;
+  constexpr double pack_cost = 20.0;
   const double pairs = static_cast<double>(pairs_of(s));
   return s.co / 2 * kernel_cost(s, pairs, packing ? kReadCost + pack_cost : cold_read_cost()) +
          transform_cost(s) * pairs;

@@ -222,12 +222,13 @@ inline void strassen_pack(const ConvWeight& w, float* packed, int64_t group0, in
     const float* in = w.data + group * kStrassenGroup * w.stride_o;
     alignas(64) float scales[kStrassenGroup];
     for (int o = 0; o < kStrassenGroup; ++o) {
-      float largest = 0.0f;
+      // Bits without the sign, which are in the order of the numbers.
+      uint32_t largest = 0;
       for (int64_t i = 0; i < w.ci; ++i) {
         const float x = in[o * w.stride_o + i * w.stride_i];
-        largest = max(largest, x < 0.0f ? -x : x);
+        largest = max(largest, bit_cast<uint32_t>(x) & 0x7fffffff);
       }
-      scales[o] = strassen_scale(largest, factors + o);
+      scales[o] = strassen_scale(bit_cast<float>(largest), factors + o);
     }
     for (int64_t i = 0; i < half; i += kConvPanel) {
       // b[half of the input channels][panel][input channel][output channel]
