@@ -276,17 +276,44 @@ class TestCheckpoint:
             write_atomically(path, fail)
         assert checkpoint.load(path, frozenset({"x"}))["x"] == 1
 
+    def test_reaches_the_disk_before_it_takes_the_old_ones_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[str] = []
+        fsync, replace = os.fsync, os.replace
+
+        def noted_fsync(number: int) -> None:
+            done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{number}')).name}")
+            fsync(number)
+
+        def noted_replace(source: Path, target: Path) -> None:
+            done.append(f"{source.name} -> {target.name}")
+            replace(source, target)
+
+        checkpoint.save(tmp_path / "a.pt", {"x": 1})
+        monkeypatch.setattr(os, "fsync", noted_fsync)
+        monkeypatch.setattr(os, "replace", noted_replace)
+        checkpoint.save(tmp_path / "a.pt", {"x": 2})
+        assert done == [
+            "sync .a.pt.tmp",
+            "a.pt -> a.previous.pt",
+            ".a.pt.tmp -> a.pt",
+            f"sync {tmp_path.name}",
+        ]
+
     def test_no_code_is_run_from_a_file(self, tmp_path: Path) -> None:
         torch.save({"format": 1, "x": os.system}, tmp_path / "evil.pt")
         with pytest.raises(train.CheckpointError, match=r"evil\.pt is damaged or no checkpoint"):
             checkpoint.load(tmp_path / "evil.pt", frozenset())
 
-    @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "flipped"])
+    @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "flipped", "one byte"])
     def test_damaged_file_is_named(self, damage: str, tmp_path: Path) -> None:
         out = tmp_path / "run"
         fit(out, epochs=1)
         path = out / "last.pt"
         whole = path.read_bytes()
+        weight = last(out)["model"]["5.weight"].numpy().tobytes()
+        assert weight in whole
         if damage == "other":
             torch.save(torch.zeros(3), path)
         else:
@@ -297,6 +324,7 @@ class TestCheckpoint:
                     "empty": b"",
                     "text": b"hello",
                     "flipped": whole[:middle] + bytes(255 - b for b in whole[middle:]),
+                    "one byte": whole.replace(weight, bytes([weight[0] ^ 1]) + weight[1:]),
                 }[damage]
             )
         with pytest.raises(train.CheckpointError, match=r"last\.pt is "):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def load(path: Path, keys: frozenset[str]) -> dict[str, Any]:
         CheckpointError: there is no such file, it is damaged, or it lacks one of `keys`.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()  # torch writes checksums, but compares none
+        if wrong is not None:
+            raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
