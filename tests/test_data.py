@@ -35,10 +35,10 @@ def sample() -> data.Dataset:
     return data.sample()
 
 
-def random_images(n: int, seed: int = 0) -> torch.Tensor:
-    """(n, 3, 32, 32) uint8, channels_last."""
+def random_images(n: int, seed: int = 0, size: int = 32) -> torch.Tensor:
+    """(n, 3, size, size) uint8, channels_last."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -162,8 +162,11 @@ class TestAugmentation:
             assert torch.equal(data.random_crop_flip(same, top, left, flip, 4), expected)
 
     @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-    def test_normalize_is_torchvisions_bit_for_bit(self, layout: torch.memory_format) -> None:
-        images = random_images(4)[:, :, :, 3:].contiguous(memory_format=layout)
+    @pytest.mark.parametrize("size", [32, 150])
+    def test_normalize_is_torchvisions_bit_for_bit(
+        self, size: int, layout: torch.memory_format
+    ) -> None:
+        images = random_images(4, size=size)[:, :, :, 3:].contiguous(memory_format=layout)
         theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
         ours = data.normalize(images, MEAN, STD)
         assert ours.is_contiguous(memory_format=layout)
@@ -257,6 +260,20 @@ class TestBatches:
             return torch.cat([images for images, _ in batches])
 
         assert torch.equal(images(3), images(10))
+
+    @pytest.mark.parametrize("augment", [False, True])
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_processes_together_have_the_batch(self, size: int, augment: bool) -> None:
+        def epoch(share: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            options = {"augment": augment, "seed": 5, "cutout": 6 * augment, "share": share}
+            batches = data.Batches(numbered(20), 8, MEAN, STD, **options)
+            batches.set_epoch(2)
+            return list(batches)
+
+        parts = [epoch((rank, size)) for rank in range(size)]
+        for whole, *shares in zip(epoch((0, 1)), *parts, strict=True):
+            for together, pieces in zip(whole, zip(*shares, strict=True), strict=True):
+                assert torch.equal(together, torch.cat(pieces))
 
     @pytest.mark.parametrize("augment", [False, True])
     def test_can_begin_in_the_middle(self, augment: bool) -> None:

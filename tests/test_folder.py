@@ -1,5 +1,6 @@
 """Own pictures: class folders, checked before training, read by any number of processes."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from fastres.data import draws
 from fastres.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from fastres.train import checkpoint, loop, parts
 from fastres.train.run import MODEL_KEYS, RUN_KEYS
-from running import in_two
+from running import in_two, run_python
 from tiny_runs import TINY, TINY_NAMES
 
 CLASSES = ("cat", "dog", "owl")
@@ -305,11 +306,54 @@ class TestBatches:
         for first in (0, 3, len(made)):
             assert_equal(whole[first:], made.iterate(first))
 
+    def test_processes_together_have_the_batch(self, part: data.PictureSet) -> None:
+        whole, *halves = (
+            list(batches(part, augment=True, seed=5, cutout=9, share=share))
+            for share in ((0, 1), (0, 2), (1, 2))
+        )
+        for batch, *pieces in zip(whole, *halves, strict=True):
+            for together, of_each in zip(batch, zip(*pieces, strict=True), strict=True):
+                assert torch.equal(together, torch.cat(of_each))
+
     def test_global_generator_is_left_alone(self, part: data.PictureSet) -> None:
         before = torch.get_rng_state()
         for workers in (0, 2):
             list(batches(part, augment=True, workers=workers))
         assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_iteration_that_was_left_does_no_harm(
+        self, workers: int, part: data.PictureSet
+    ) -> None:
+        made = batches(part, augment=True, workers=workers)
+        whole = list(made)
+        left = iter(made)
+        next(left)
+        again = iter(made)
+        assert_equal([next(again)], whole[:1])
+        with pytest.raises(RuntimeError, match="another iteration of these batches has begun"):
+            next(left)
+        assert_equal(again, whole[1:])
+
+    def test_workers_stay(self, part: data.PictureSet) -> None:
+        made = batches(part, augment=True, workers=2)
+        list(made)
+        before = {child.pid for child in multiprocessing.active_children()}
+        made.set_epoch(1)
+        list(made)
+        assert {child.pid for child in multiprocessing.active_children()} == before
+
+    def test_workers_end_with_their_program(self, pictures: Path) -> None:
+        """In whose last moment the batches are still there."""
+        done = run_python(f"""
+from fastres import data
+part = data.picture_folder({str(pictures)!r}).train
+sizes = dict(image_size=72, resize_size=82, workers=2, augment=True)
+batches = data.PictureBatches(part, 4, (0.5,) * 3, (0.5,) * 3, **sizes)
+for images, labels in batches:
+    raise SystemError("mine")
+""")
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "SystemError: mine")
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_vanished_picture_is_named(self, workers: int, own: Path) -> None:

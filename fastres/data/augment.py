@@ -8,6 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# Elements of large pictures that are computed at a time: they stay in a core's cache, and torch
+# leaves so few to one core, while the others read the next pictures.
+PIECE = 2**15 - 1
+
 
 def random_crop_flip(
     images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int
@@ -70,14 +74,19 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     The same arithmetic, in the same order, as torchvision's ToTensor and Normalize.
     """
     n, c, h, w = images.shape
-    result = images.to(torch.float32).div_(255)
+    result = torch.empty_like(images, dtype=torch.float32)
+    pixels, values = images.permute(0, 2, 3, 1), result.permute(0, 2, 3, 1)
+    width, piece = 1, n
     if result.is_contiguous(memory_format=torch.channels_last):
         # Row by row: the channels of one pixel would make too short a loop.
-        values, width = result.permute(0, 2, 3, 1).view(n, h, w * c), w
-    else:
-        values, width = result.permute(0, 2, 3, 1), 1
+        pixels, values = pixels.reshape(n * h, w * c), values.view(n * h, w * c)
+        width, piece = w, n * h
+        if images.is_cpu and h * w * c > PIECE:
+            piece = PIECE // (w * c)
     centre, scale = (_row(tuple(v), width, images.device) for v in (mean, std))
-    values.sub_(centre).div_(scale)
+    piece = max(1, piece)
+    for source, target in zip(pixels.split(piece), values.split(piece), strict=True):
+        target.copy_(source).div_(255).sub_(centre).div_(scale)
     return result
 
 

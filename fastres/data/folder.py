@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import ClassVar
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from fastres.data.augment import cutout, normalize
@@ -257,8 +259,9 @@ def read_picture(path: str | Path) -> Image.Image:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):  # Pillow would cut all that is above 255
                 raise ValueError(f"its pixels are of mode {file.mode}, expected 8 bits a channel")
-            upright = ImageOps.exif_transpose(file)
-            return upright if upright.mode == "RGB" else upright.convert("RGB")
+            ImageOps.exif_transpose(file, in_place=True)  # else it copies all there are
+            picture: Image.Image = file if file.mode == "RGB" else file.convert("RGB")
+            return picture
     except FileNotFoundError as error:
         raise DataError(f"no image at {path}") from error
     except Exception as error:  # each of Pillow's decoders has errors of its own for damage
@@ -294,24 +297,25 @@ def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
 
 
 class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
-    """Transformed pictures (H, W, 3) uint8 by position, in a worker process.
+    """Transformed pictures (H, W, 3) uint8 by epoch and position, in a worker process.
 
-    What is random in the transform is a function of `key` and the position. A picture that cannot
-    be read is returned as its error: raised here, it would come out with the worker's traceback.
+    What is random in the transform is a function of the seed and both. A picture that cannot be
+    read is returned as its error: raised here, it would come out with the worker's traceback.
     """
 
-    def __init__(self, paths: Sequence[str], transform: v2.Transform, key: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[str], transform: v2.Transform, seed: int) -> None:
         self.paths = paths
         self.transform = transform
-        self.key = tuple(key)
+        self.seed = seed
 
-    def __getitem__(self, position: int) -> Tensor | DataError:
+    def __getitem__(self, place: tuple[int, int]) -> Tensor | DataError:
+        epoch, position = place
         try:
             picture = read_picture(self.paths[position])
         except DataError as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(PICTURE, *self.key, position))
+            torch.default_generator.manual_seed(seed_of(PICTURE, self.seed, epoch, position))
             pixels: Tensor = self.transform(picture)
         return pixels.permute(1, 2, 0)
 
@@ -323,13 +327,25 @@ def _stack(pictures: list[Tensor | DataError]) -> Tensor | DataError:
         if isinstance(picture, DataError):
             return picture
         tensors.append(picture)
-    return torch.stack(tensors)
+    batch: Tensor = default_collate(tensors)  # in a worker, into memory that the parent sees
+    return batch
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: the parent ends its step, and then us."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+_loaders: weakref.WeakSet[DataLoader[Tensor | DataError]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before Python, at its end, waits for workers that it has sent a signal which they ignore."""
+    for loader in _loaders:
+        if (kept := getattr(loader, "_iterator", None)) is not None:
+            kept._shutdown_workers()
 
 
 class PictureBatches(SharedBatches[PictureSet]):
@@ -339,7 +355,8 @@ class PictureBatches(SharedBatches[PictureSet]):
     shuffled, each cropped at random (see `training_transform`), mirrored with probability one
     half, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
     (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch. Each worker
-    reads two batches ahead.
+    reads two batches ahead; the workers stay from one epoch to the next, so there can be but one
+    iteration at a time.
 
     Args:
         part: the files and labels.
@@ -358,6 +375,7 @@ class PictureBatches(SharedBatches[PictureSet]):
 
     Raises:
         DataError: from the iteration, naming a picture that cannot be read.
+        RuntimeError: from an iteration that goes on after another one has begun.
     """
 
     def __init__(
@@ -381,17 +399,31 @@ class PictureBatches(SharedBatches[PictureSet]):
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.device = torch.device(device)
-        self.workers = workers
         self.augment = augment
         self.seed = seed
         self.cutout = cutout
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.image_size = image_size
-        self.transform = (
+        transform = (
             training_transform(image_size)
             if augment
             else evaluation_transform(image_size, resize_size)
         )
+        workers = min(workers, len(self))
+        self._places: list[list[tuple[int, int]]] = []  # what the loader reads, batch by batch
+        self._loader = DataLoader(
+            _Reader(part.paths, transform, seed),
+            batch_sampler=self._places,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
+        )
+        if workers:
+            _loaders.add(self._loader)
+        self._iteration = 0
 
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.part)
@@ -401,16 +433,13 @@ class PictureBatches(SharedBatches[PictureSet]):
             order = torch.randperm(n, generator=draw)
             row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
         batches = self.places(first)
-        loader = DataLoader(
-            _Reader(self.part.paths, self.transform, (self.seed, self.epoch)),
-            batch_sampler=[order[batch].tolist() for batch in batches],
-            num_workers=min(self.workers, len(batches)),
-            collate_fn=_stack,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
-        )
-        for batch, pictures in zip(batches, loader, strict=True):
+        self._places[:] = [[(self.epoch, i) for i in order[batch].tolist()] for batch in batches]
+        self._iteration += 1
+        this, loaded = self._iteration, iter(self._loader)
+        for batch in batches:
+            if self._iteration != this:
+                raise RuntimeError("another iteration of these batches has begun")
+            pictures = next(loaded)
             if isinstance(pictures, DataError):
                 raise pictures
             images = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
