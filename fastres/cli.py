@@ -97,12 +97,16 @@ def run(config: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a user's error, 130 for a run interrupted."""
+    """Run a command; returns the exit code: 0, 2 for a user's error, 130 if interrupted."""
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except train.RunInterruptedError as error:
         if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
             print(f"fastres: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:  # outside a run's steps, where there is nothing to save
+        if os.environ.get("RANK", "0") == "0":
+            print("fastres: stopped", file=sys.stderr)
         return 130
     except train.PeerError:
         return 2

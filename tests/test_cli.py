@@ -198,6 +198,15 @@ class TestErrors:
         assert done.returncode == 2
         assert done.stderr == f"fastres: error: no checkpoint at {tmp_path / 'none.pt'}\n"
 
+    def test_ctrl_c_where_there_is_nothing_to_save(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupted(config: train.EvalConfig) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "evaluate_checkpoint", interrupted)
+        assert run("eval --checkpoint c.pt", capsys) == (130, "", "fastres: stopped\n")
+
     def test_interrupted_run_says_how_to_go_on(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
