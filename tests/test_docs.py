@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -64,6 +65,28 @@ def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for word in words:
             if word.startswith(("bench/", "examples/", "tools/")):
                 assert (ROOT / word).exists(), line
+
+
+def test_the_recipes_on_the_page_are_those_of_the_package() -> None:
+    recipes = fastres.train.RECIPES
+    header, _, *rows = (
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in PAGES["training"].splitlines()
+        if line.startswith("|")
+    )
+    assert header[1:-1] == list(recipes)
+    names = [row[0].removeprefix("--").replace("-", "_") for row in rows]
+    for name, row in zip(names, rows, strict=True):
+        values = [getattr(recipe, name) for recipe in recipes.values()]
+        words = {"True": "yes", "False": "no"}
+        assert row[1:-1] == [words.get(str(value), str(value)) for value in values], name
+    for recipe in recipes.values():  # no part of a recipe is left out
+        changed = {
+            field.name
+            for field in dataclasses.fields(recipe)
+            if getattr(recipe, field.name) != getattr(recipes["standard"], field.name)
+        }
+        assert changed - {"recipe"} <= set(names)
 
 
 def test_the_reasons_on_the_page_are_those_of_fuse_model() -> None:

@@ -65,6 +65,19 @@ class TestRecipe:
             "device", "fused", "out", "resume", "tensorboard", "sync_bn",
         }  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("name", "short"), [("best", {}), ("best-short", {"epochs": 10, "cutout": 4, "ema": 0.99})]
+    )
+    def test_best_is_what_its_version_says(self, name: Any, short: dict[str, Any]) -> None:
+        """All that differs from version 1 of the standard recipe."""
+        expected = {
+            "recipe": name, "recipe_version": 1, "epochs": 40, "batch_size": 512, "lr": 0.4,
+            "schedule": "one-cycle", "warmup": 0.2, "nesterov": True, "decay_norm": False,
+            "label_smoothing": 0.1, "cutout": 8, "ema": 0.998, "valid_ratio": 0.02,
+            "patience": 1000, "amp": "auto", **short,
+        }  # fmt: skip
+        assert train.RECIPES[name] == dataclasses.replace(train.RECIPES["standard"], **expected)
+
     def test_names_are_those_of_the_settings(self) -> None:
         assert set(train.RECIPES) == set(config.RecipeName.__args__)  # type: ignore[attr-defined]
         for name, settings in train.RECIPES.items():

@@ -92,7 +92,7 @@ class TrainConfig:
     """Images a step."""
 
     lr: float = 0.02
-    """Learning rate, the schedule's highest."""
+    """Learning rate, the schedule's highest; it grows with the batch (Goyal et al. 2017)."""
 
     schedule: ScheduleName = "step"
     """Of the learning rate: drops (He et al. 2016), half a cosine (Loshchilov and Hutter 2017), or
