@@ -97,9 +97,17 @@ def run(config: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a user's error, 130 if interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 1 if nobody reads on, 2 for a user's error, 130 if interrupted.
+    """
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 1
     except train.RunInterruptedError as error:
         if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
             print(f"fastres: {error}", file=sys.stderr)

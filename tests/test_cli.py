@@ -198,6 +198,16 @@ class TestErrors:
         assert done.returncode == 2
         assert done.stderr == f"fastres: error: no checkpoint at {tmp_path / 'none.pt'}\n"
 
+    def test_reader_that_has_enough(self) -> None:
+        prints = "lambda config: print(config)"
+        script = f"from fastres import cli; cli.run = {prints}; raise SystemExit(cli.main(['env']))"
+        command = [sys.executable, "-c", script]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 1
+
     def test_ctrl_c_where_there_is_nothing_to_save(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
