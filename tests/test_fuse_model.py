@@ -1,6 +1,7 @@
 """fuse_model: other people's models, their answers, and all that is attached to them."""
 
 import copy
+import io
 import pickle
 import re
 from unittest import mock
@@ -12,6 +13,8 @@ from conditioning import well_conditioned
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -81,6 +84,8 @@ MODELS = {
     "timm's ResNet-D": lambda: timm_resnet(
         "Bottleneck", stem_type="deep", stem_width=8, avg_down=True
     ),
+    "timm's ResNeXt": lambda: timm_resnet("Bottleneck", cardinality=4, base_width=8),
+    "timm's SE-ResNet": lambda: timm_resnet(block_args={"attn_layer": "se"}),
     "timm's SE-ResNeXt": lambda: timm_resnet(
         "Bottleneck", cardinality=4, base_width=8, block_args={"attn_layer": "se"}
     ),
@@ -211,6 +216,33 @@ def test_published_models(library, make):
         ours, theirs = (tensors_of(m(x))[0] for m in (fused, model))
         (exact,) = tensors_of(model.double()(x.double()))
     assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + 2e-7
+
+
+@pytest.mark.fits_in("torchvision's Faster R-CNN, whole", "Models that others wrote")
+def test_a_whole_detector():
+    """Its losses with their gradients, and its boxes; the backbone is all that is fused."""
+    few = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d
+    )
+    model = FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96, **few).double()
+    fused = fastres.fuse_model(model)
+    report = fused.fastres_report
+    assert len(report.fused) == 20
+    assert all(layer.name.startswith(("backbone.fpn.", "rpn.")) for layer in report.left)
+    images = [torch.rand(3, *size, dtype=torch.float64) for size in ((64, 80), (70, 64))]
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 40.0]], dtype=torch.float64)
+    targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in images]
+
+    def found(detector):
+        torch.manual_seed(0)  # draws the regions that it trains on
+        losses = detector.train()(images, targets)
+        sum(losses.values()).backward()
+        gradients = {k: p.grad for k, p in detector.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            return losses, gradients, detector.eval()(images)
+
+    torch.testing.assert_close(found(fused), found(model), rtol=1e-8, atol=1e-10)
 
 
 # By kind: conv + bn + relu, conv + bn + add + relu, conv + bn, add + relu; then the layers left.
@@ -542,28 +574,74 @@ def test_without_gradients_blocks_are_one_call(name, units):
     assert relative_error(actual, expected) < 1e-6
 
 
+def saved_and_loaded(save, load, made):
+    file = io.BytesIO()
+    save(made, file)
+    file.seek(0)
+    return load(file)
+
+
+def assert_close(actual, expected, tolerance):
+    for ours, theirs in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        assert relative_error(ours.detach(), theirs.detach()) < tolerance
+
+
+def assert_fused(graph, model, less=0):
+    """It calls an op for each of the model's units that have a convolution, but for `less`."""
+    units = [unit for unit in model.fastres_report.fused if unit.kind.startswith("conv")]
+    assert len(re.findall(r"fastres[:.]+conv_bn_relu\S*\(", str(graph))) == len(units) - less
+
+
+# Hugging Face's own code cannot be scripted.
+SCRIPTED = [name for name in MODELS if not name.startswith("Hugging Face")]
+
+
+@pytest.mark.fits_in(
+    "each but Hugging Face's by torch.jit.script, evaluation and training",
+    "Models that others wrote",
+)
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
-@pytest.mark.parametrize("name", ["torchvision's ResNet", "timm's ResNet"])
-def test_torchscript_compile_and_export(name):
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_script(name):
     model, x = build(name)
     fused = fastres.fuse_model(model).eval()
+    with torch.no_grad():
+        frozen = torch.jit.freeze(torch.jit.script(fused))
+        # TorchScript has no type for the dictionary of the container that calls the stem.
+        assert_fused(frozen.inlined_graph, fused, less=name == "torchvision's detection backbone")
+        loaded = saved_and_loaded(torch.jit.save, torch.jit.load, frozen)
+        assert_close(loaded(x), model.eval()(x), 1e-5)
+    scripted = torch.jit.script(copy.deepcopy(fused).train())
+    assert_close(scripted(x), model.train()(x), 1e-3)
+
+
+@pytest.mark.fits_in(
+    "each by torch.jit.trace, torch.export and torch.compile", "Models that others wrote"
+)
+@pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\.\w+` is deprecated", "ignore:Converting a tensor to a Python boolean"
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_trace_export_and_compile(name):
+    model, x = build(name)
+    fused = fastres.fuse_model(model).eval()
+    if name.startswith("Hugging Face"):
+        fused.config.return_dict = False  # a trace knows no such classes
     torch.compiler.reset()
     with torch.no_grad():
-        expected = fused(x)
-        frozen = torch.jit.freeze(torch.jit.script(fused))
-        assert "aten::batch_norm" not in str(frozen.inlined_graph)
+        expected = model.eval()(x)
+        traced = torch.jit.freeze(torch.jit.trace(fused, x, strict=False))
+        assert_fused(traced.inlined_graph, fused)
+        loaded = saved_and_loaded(torch.jit.save, torch.jit.load, traced)
+        assert_close(loaded(x), expected, 1e-5)
         batch = torch.export.Dim("batch", min=1, max=8)
         exported = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},))
-        for other in (
-            frozen,
-            torch.jit.trace(fused, x),
-            torch.compile(fused, fullgraph=True, backend="aot_eager"),
-            exported.module(),
-        ):
-            assert relative_error(other(x), expected) < 1e-5
-    fused.train()
-    scripted = torch.jit.script(copy.deepcopy(fused))
-    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(scripted(x), fused(x), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-3, atol=1e-3)
+        assert_fused(exported.graph, fused)
+        loaded = saved_and_loaded(torch.export.save, torch.export.load, exported).module()
+        larger = torch.cat([x, x.flip(0)])
+        assert_close(loaded(larger), model(larger), 1e-5)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), expected, 1e-5)
+    compiled = torch.compile(copy.deepcopy(fused).train(), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), model.train()(x), 1e-3)
     torch.compiler.reset()

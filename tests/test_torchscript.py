@@ -61,6 +61,11 @@ def small(kind):
     return two_stages("fastres") if kind == "fastres" else fastres.fuse_model(Own())
 
 
+def block_or_own(kind):
+    """Still less to compile, for compilers that make C++ of it; and the size of its images."""
+    return (build().layer2[0], (64, 8, 8)) if kind == "fastres" else (small(kind), (3, 16, 16))
+
+
 ours_or_own = pytest.mark.parametrize("kind", ["fastres", "own"])
 
 
@@ -266,10 +271,11 @@ def test_compile_with_a_max_pool(train):
 
 @pytest.mark.fits_in('torch.compile(mode="reduce-overhead")', "Compilers and exporters")
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_compile_to_reduce_overhead(train):
+@ours_or_own
+def test_compile_to_reduce_overhead(train, kind):
     """Which takes CUDA graphs where there is CUDA."""
-    block = build().layer2[0]
-    assert_compiles(block, torch.randn(2, 64, 8, 8), train, mode="reduce-overhead")
+    model, size = block_or_own(kind)
+    assert_compiles(model, torch.randn(2, *size), train, mode="reduce-overhead")
 
 
 @pytest.mark.fits_in("torch.compile with a dynamic batch", "Compilers and exporters")
@@ -411,18 +417,20 @@ def test_export_of_a_module_in_two_places():
 
 
 @pytest.mark.fits_in("a package of AOTInductor, with a dynamic batch", "Compilers and exporters")
-def test_a_package_of_aot_inductor(tmp_path):
+@ours_or_own
+def test_a_package_of_aot_inductor(tmp_path, kind):
     """The ops in it are ours, called from compiled C++."""
-    block = build().layer1[0].eval()
+    model, size = block_or_own(kind)
+    model.eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         exported = torch.export.export(
-            block, (torch.randn(2, 64, 8, 8),), dynamic_shapes=({0: batch},)
+            model, (torch.randn(2, *size),), dynamic_shapes=({0: batch},)
         )
         path = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(tmp_path / "block.pt2")
+            exported, package_path=str(tmp_path / "model.pt2")
         )
         package = torch._inductor.aoti_load_package(path)
         for n in (1, 2, 5):
-            x = torch.randn(n, 64, 8, 8)
-            torch.testing.assert_close(package(x), block(x))
+            x = torch.randn(n, *size)
+            torch.testing.assert_close(package(x), model(x))
