@@ -39,8 +39,8 @@ class Batches(SharedBatches[ImageSet]):
     call `set_epoch` before each epoch.
 
     No worker prepares batches ahead: on a GPU one is a few kernels that are queued while the step
-    before it still runs, and nothing in it waits for the GPU; on a CPU it takes a hundredth of the
-    time that a ResNet takes for it.
+    before it still runs, and nothing in it waits for the GPU; on a CPU it takes less than a
+    hundredth of the time that a ResNet takes for it.
 
     Args:
         part: the images and labels, on the device where the batches are wanted.
