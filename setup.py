@@ -246,6 +246,7 @@ setup(
         "bench": bench,
         "examples": examples,
         "docs": docs,
+        "cross": cross,
         "dev": [*test, *bench, *examples, *docs, *lint, *cross, *compat],
     },
     entry_points={"console_scripts": ["fastres = fastres.cli:main"]},

@@ -138,7 +138,7 @@ def test_the_table_has_every_pair_in_order() -> None:
         Cell("3.12", "2.9", passed=4, failed=["tests.test_ops::test_a"], select="not a", **found),
     ]
     content = {
-        "wheel": {"name": "fastres.whl", "sha256": "0"},
+        "wheel": {"name": "fastres-0.1.0-cp312-cp312-linux_x86_64.whl", "sha256": "0"},
         "cells": [asdict(cell) for cell in cells],
         "aarch64": asdict(Cell("3.12", "2.9", passed=2)),
     }
@@ -152,7 +152,7 @@ def test_the_table_has_every_pair_in_order() -> None:
     environment = "| 3.12.1 | 2.10.0 | 0.25.0 | 3.6.0 | 2.4.6 | ops | 2026-11-23 | aaaaaaaa |"
     assert environment in lines
     assert any("| ops (`-k 'not a'`) |" in line for line in lines)
-    assert any("`fastres.whl` (built with gcc 12.2.0, torch 2.15.0)" in line for line in lines)
+    assert any("-linux_x86_64.whl` (built with gcc 12.2.0, torch 2.15.0)" in line for line in lines)
     assert any(line.startswith("aarch64") and line.endswith(": 2 passed.") for line in lines)
 
 

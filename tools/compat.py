@@ -97,7 +97,7 @@ class Wheel:
 
     def serves(self, python: Interpreter) -> bool:
         """Whether the module in front of the library is for this Python."""
-        return f"-cp{python.minor.replace('.', '')}-" in self.path.name
+        return is_for(self.path.name, python.minor)
 
 
 @dataclass
@@ -131,6 +131,11 @@ class Cell:
 def numbers(version: str) -> tuple[int, ...]:
     """Major and minor version as integers, by which versions are in order."""
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+def is_for(wheel: str, python: str) -> bool:
+    """Whether the wheel of this name is this Python's, such as 3.12."""
+    return f"-cp{python.replace('.', '')}-" in wheel
 
 
 def minor_of(version: str) -> str:
@@ -341,7 +346,9 @@ def table(content: dict[str, Any]) -> str:
     pythons = sorted({cell.python for cell in cells}, key=numbers)
     at = {(cell.python, cell.torch): cell for cell in cells}
     wheel = content["wheel"]
-    built = next((cell.versions["built with"] for cell in cells if cell.versions), "nothing known")
+    # Under another Python these words are of the module that was compiled for it.
+    own = (cell for cell in cells if cell.versions and is_for(wheel["name"], cell.python))
+    built = next((cell.versions["built with"] for cell in own), "nothing known")
     lines = [
         "# Pythons and torches that one library runs under",
         "",
