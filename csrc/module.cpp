@@ -39,7 +39,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("padding"),
         pybind11::arg("dilation"), pybind11::arg("groups"), pybind11::arg("input_size"));
   m.def("winograd_allowed", &fastres::cpu::winograd_allowed,
-        "Whether Winograd's or Strassen's algorithm may compute a convolution.");
+        "Whether Winograd's algorithm may compute a convolution.");
   m.def("set_winograd_allowed", &fastres::cpu::set_winograd_allowed, pybind11::arg("allowed"),
         "Set that, for all threads.");
   m.def("conv_algorithm", &fastres::cpu::conv_algorithm,

@@ -36,10 +36,8 @@ class Conv:
         return 2 * self.n * self.out * self.out * self.c_out * taps
 
     @property
-    def fast(self) -> tuple[str, ...]:
-        """Which algorithms of fewer products, Winograd's and Strassen's, can compute it."""
-        if self.kernel == 1 and self.c_in % 32 == self.c_out % 64 == 0:
-            return ("strassen",)
+    def winograd(self) -> tuple[str, ...]:
+        """Which of Winograd's algorithms can compute it."""
         if self.kernel == 3 and self.stride <= 2 and self.c_in % 16 == self.c_out % 16 == 0:
             return "winograd4", "winograd2"
         stem = self.kernel == 7 and self.stride == 2 and self.c_in <= 4 and self.c_out % 16 == 0
@@ -48,7 +46,7 @@ class Conv:
     @property
     def factor(self) -> float:
         """How many times torch's own error fastres's may be: F(4,3) on squares rounds more."""
-        return 4.0 if "winograd2" in self.fast and self.stride == 1 else 2.0
+        return 4.0 if "winograd2" in self.winograd and self.stride == 1 else 2.0
 
     def batch(self, n: int) -> Conv:
         return replace(self, n=n)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastres
 from cases import ODD_CONVS, RESNET_CONVS
-from fastres import _C, env, ops
+from fastres import env, ops
 from fastres.backends import cpu
 from running import run_python
 from tolerances import relative_error
@@ -149,19 +149,6 @@ def test_the_algorithm_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None
                     assert cpu.conv_algorithm(*SHAPES, stride=[1, 2], **call) != name
                     with cpu.flags(allow_winograd=False):
                         assert not cpu.conv_algorithm(*SHAPES, **call).startswith("winograd")
-
-
-def test_where_strassen_is_used() -> None:
-    many, few = (16, 256, 14, 14), (1, 2048, 7, 7)
-    assert cpu.conv_algorithm(many, (1024, 256, 1, 1), dtype=torch.float64) == "aten"
-    if _C.cpu_capability() not in ("avx2", "avx512"):
-        return
-    assert cpu.conv_algorithm(many, (1024, 256, 1, 1)) == "strassen"
-    assert cpu.conv_algorithm(many, (1024, 256, 1, 1), training=True) == "strassen"
-    for size, weight in ((many, (1000, 256, 1, 1)), (few, (512, 2048, 1, 1))):
-        assert cpu.conv_algorithm(size, weight) == "packed"
-    with cpu.flags(allow_winograd=False):
-        assert cpu.conv_algorithm(many, (1024, 256, 1, 1)) == "packed"
 
 
 @pytest.mark.parametrize(

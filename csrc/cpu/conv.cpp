@@ -9,7 +9,6 @@
 #include "conv_log.h"
 #include "memory.h"
 #include "ops.h"
-#include "strassen.h"
 #include "tensor_checks.h"
 #include "winograd.h"
 #include "winograd_stem.h"
@@ -80,7 +79,6 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 
 // Length of the weights in the form that an algorithm other than aten reads.
 int64_t packed_floats(const ConvShape& s, Algorithm a) {
-  if (a == Algorithm::strassen) return strassen_packed_floats(s);
   if (!is_winograd(a)) return s.packed_floats();
   return is_winograd_stem(s) ? winograd_stem_packed_floats(s)
                              : winograd_packed_floats(s, winograd_tile(a));
@@ -91,9 +89,8 @@ constexpr int64_t kPixelsWorthPacking = 65;
 // The form that `packed` is in, if it is in one.
 std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed) {
   if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
-  for (const Algorithm a :
-       {Algorithm::packed, Algorithm::winograd4, Algorithm::winograd2, Algorithm::strassen}) {
-    if (a != Algorithm::packed && !fast_takes(s, a)) continue;
+  for (const Algorithm a : {Algorithm::packed, Algorithm::winograd4, Algorithm::winograd2}) {
+    if (is_winograd(a) && !winograd_takes(s, a)) continue;
     if (packed->numel() == packed_floats(s, a)) return a;
   }
   return std::nullopt;
@@ -133,9 +130,7 @@ Scratch padded_vector(const std::vector<double>& values) {
 
 void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
   const ConvWeight w = conv_weight_of(weight);
-  if (form == Algorithm::strassen) {
-    strassen_pack(w, packed);
-  } else if (!is_winograd(form)) {
+  if (!is_winograd(form)) {
     pack_panels(w, packed);
   } else if (is_winograd_stem(s)) {
     winograd_stem_pack(w, packed);
@@ -293,13 +288,12 @@ struct PackedConv {
   // Returns (kConvSums, whole panels) of z where asked for.
   std::vector<double> run(const ConvShape& s, DType dtype, bool statistics) {
     // Not finite: an infinity or a NaN has no bfloat16 parts, and belongs to fewer pixels than
-    // Winograd's tiles and Strassen's pairs give it to.
+    // Winograd's tiles give it to.
     if (algorithm == Algorithm::amx) {
       auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
-    } else if (algorithm != Algorithm::packed) {
-      auto sums = algorithm == Algorithm::strassen ? run_strassen(args, s, dtype, statistics)
-                  : is_winograd_stem(s)
+    } else if (is_winograd(algorithm)) {
+      auto sums = is_winograd_stem(s)
                       ? run_winograd_stem(args, s, dtype, statistics)
                       : run_winograd(args, s, dtype, winograd_tile(algorithm), statistics);
       if (sums.has_value()) return std::move(*sums);

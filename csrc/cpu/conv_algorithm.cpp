@@ -8,7 +8,6 @@
 #include "conv_amx.h"
 #include "conv_blocks.h"
 #include "isa.h"
-#include "strassen.h"
 #include "winograd.h"
 #include "winograd_stem.h"
 
@@ -19,7 +18,7 @@
 namespace fastres::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"winograd4", "winograd2", "strassen", "amx", "packed", "aten"};
+constexpr const char* kNames[] = {"winograd4", "winograd2", "amx", "packed", "aten"};
 
 // Kernels of so many numbers are read from memory: fewer positions are better than fewer products.
 constexpr int64_t kManyKernels = 256 * 256;
@@ -47,22 +46,20 @@ double direct_cost(const ConvShape& s, bool packing, double speed = 1.0) {
 
 const char* algorithm_name(Algorithm a) { return kNames[static_cast<int>(a)]; }
 
-bool fast_takes(const ConvShape& s, Algorithm a) {
-  if (!winograd_allowed()) return false;
-  if (a == Algorithm::strassen) return is_strassen(s);
-  return is_winograd(a) && (winograd_fits(s) || (a == Algorithm::winograd4 && is_winograd_stem(s)));
+bool winograd_takes(const ConvShape& s, Algorithm a) {
+  return winograd_fits(s) ||
+         (winograd_allowed() && a == Algorithm::winograd4 && is_winograd_stem(s));
 }
 
 std::optional<Algorithm> algorithm_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
   if (value == nullptr || *value == '\0') return std::nullopt;
-  for (int a = 0; a < 6; ++a) {
+  for (int a = 0; a < 5; ++a) {
     if (std::string(value) == kNames[a]) return static_cast<Algorithm>(a);
   }
   throw std::runtime_error(
       std::string(
-          "FASTRES_CPU_ALGORITHM must be winograd4, winograd2, strassen, amx, packed or aten, got "
-          "'") +
+          "FASTRES_CPU_ALGORITHM must be winograd4, winograd2, amx, packed or aten, got '") +
       value + "'");
 }
 
@@ -89,19 +86,13 @@ Algorithm algorithm_for(const ConvShape& s, Algorithm form) {
 
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   const std::optional<Algorithm> named = algorithm_from_environment();
-  const auto takes = [&](Algorithm a) {
-    return a == Algorithm::amx ? has_matrix_unit()
-                               : a == Algorithm::packed || a == Algorithm::aten || fast_takes(s, a);
-  };
-  if (named && takes(*named)) {
+  if (named && (is_winograd(*named) ? winograd_takes(s, *named)
+                                    : *named != Algorithm::amx || has_matrix_unit())) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
   const bool amx = has_matrix_unit() && amx_pays(s);
   const Algorithm direct = amx ? Algorithm::amx : Algorithm::packed;
-  if (!amx && s.n > 0 && fast_takes(s, Algorithm::strassen)) {
-    return strassen_cost(s, packing) < direct_cost(s, packing) ? Algorithm::strassen : direct;
-  }
-  if (!amx && is_winograd_stem(s) && fast_takes(s, Algorithm::winograd4)) {
+  if (!amx && is_winograd_stem(s) && winograd_takes(s, Algorithm::winograd4)) {
     return s.n == 0 || winograd_stem_cost(s, packing) < direct_cost(s, packing)
                ? Algorithm::winograd4
                : direct;

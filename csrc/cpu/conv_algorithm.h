@@ -1,9 +1,8 @@
-// Which of six algorithms computes a convolution. All but the last take one pass over packed
+// Which of five algorithms computes a convolution. All but the last take one pass over packed
 // weights in float32, with prologue, epilogue and statistics:
 //   winograd4, winograd2  minimal filtering of tiles of 4x4 and 2x2 pixels: 3x3 without a stride or
 //                         with stride 2 (winograd.h); winograd4 also a stem, along its
 //                         lines (winograd_stem.h)
-//   strassen              products of pairs of pixels by halves of the channels: 1x1 (strassen.h)
 //   amx                   an implicit GEMM on the processor's matrix unit (conv_amx.h)
 //   packed                an implicit GEMM (conv_kernel.inl)
 //   aten                  torch's own convolution between passes of ours: for what the others do
@@ -18,7 +17,7 @@
 
 namespace fastres::cpu {
 
-enum class Algorithm { winograd4, winograd2, strassen, amx, packed, aten };
+enum class Algorithm { winograd4, winograd2, amx, packed, aten };
 
 constexpr bool is_winograd(Algorithm a) {
   return a == Algorithm::winograd4 || a == Algorithm::winograd2;
@@ -27,9 +26,8 @@ constexpr bool is_winograd(Algorithm a) {
 // Pixels across an output tile.
 constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 : 2; }
 
-// Whether an algorithm of fewer products than the sums have, Winograd's or Strassen's, is allowed
-// and takes this shape.
-bool fast_takes(const ConvShape& s, Algorithm a);
+// Whether one of Winograd's algorithms is allowed and takes this shape.
+bool winograd_takes(const ConvShape& s, Algorithm a);
 
 // The form in which it reads the weights, called by the first algorithm that it was made for.
 constexpr Algorithm weight_form(Algorithm a) { return a == Algorithm::amx ? Algorithm::packed : a; }

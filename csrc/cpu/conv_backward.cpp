@@ -317,18 +317,12 @@ ConvShape transposed(const ConvShape& s) {
   return t;
 }
 
-// What FASTRES_CPU_ALGORITHM names, if it has gradients.
-std::optional<Algorithm> named_algorithm() {
-  const std::optional<Algorithm> named = algorithm_from_environment();
-  return named == Algorithm::strassen ? std::nullopt : named;
-}
-
 WinogradPlan plan_winograd(const ConvShape& s, DType dtype) {
   WinogradPlan plan;
   const bool fits = dtype != DType::float64 && winograd_gradient_fits(s) && s.pixels() > 0 &&
                     s.padding[0] <= 2 && s.padding[1] <= 2;
   if (!fits) return plan;
-  const std::optional<Algorithm> named = named_algorithm();
+  const std::optional<Algorithm> named = algorithm_from_environment();
   if (named ? !is_winograd(*named) : torch_is_faster(dtype)) return plan;
   plan.weight = named || winograd_gradient_pays(s);
   const Algorithm form = cheapest_algorithm(transposed(s), true);
@@ -432,7 +426,7 @@ OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& i
 
 // Whether FASTRES_CPU_ALGORITHM names amx; nothing where it names what this shape can't have.
 std::optional<bool> amx_is_named(const ConvShape& s) {
-  const std::optional<Algorithm> named = named_algorithm();
+  const std::optional<Algorithm> named = algorithm_from_environment();
   if (!named || (is_winograd(*named) && !winograd_gradient_fits(s))) return std::nullopt;
   return *named == Algorithm::amx;
 }

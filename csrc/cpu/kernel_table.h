@@ -8,7 +8,6 @@
 #include "conv_amx_kernel.h"
 #include "conv_kernel.h"
 #include "max_pool2d_kernel.h"
-#include "strassen_kernel.h"
 #include "winograd_kernel.h"
 #include "winograd_stem_kernel.h"
 
@@ -135,8 +134,6 @@ struct KernelTable {
   WinogradGradientEndFn winograd_gradient_end;
   StemBlockFn stem_block[kDTypes];  // none for float64
   ConvPackFn stem_pack;
-  StrassenBlockFn strassen_block[kDTypes];  // none for float64
-  ConvPackFn strassen_pack;
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit

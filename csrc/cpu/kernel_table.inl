@@ -12,7 +12,6 @@
 #include "max_pool2d_kernel.inl"
 #include "winograd_kernel.inl"
 // After winograd_kernel.inl, on which it builds.
-#include "strassen_kernel.inl"
 #include "winograd_stem_kernel.inl"
 #if defined(__AMX_BF16__)
 #include "conv_amx_kernel.inl"
@@ -86,10 +85,6 @@ constexpr KernelTable make_table() {
   t.stem_block[static_cast<int>(DType::bfloat16)] = stem_block<bfloat16>;
   t.stem_block[static_cast<int>(DType::float16)] = stem_block<float16>;
   t.stem_pack = stem_pack;
-  t.strassen_block[static_cast<int>(DType::float32)] = strassen_block<float>;
-  t.strassen_block[static_cast<int>(DType::bfloat16)] = strassen_block<bfloat16>;
-  t.strassen_block[static_cast<int>(DType::float16)] = strassen_block<float16>;
-  t.strassen_pack = strassen_pack;
 #if defined(__AMX_BF16__)
   t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
   t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;

@@ -10,7 +10,7 @@
 
 namespace fastres::cpu {
 
-// Whether it, and Strassen's algorithm, may be used at all, in the whole process; true at first.
+// Whether it may be used at all, in the whole process; true at first.
 FASTRES_EXPORTED bool winograd_allowed();
 FASTRES_EXPORTED void set_winograd_allowed(bool allowed);
 

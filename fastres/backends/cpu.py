@@ -5,9 +5,9 @@
         model(images)
 
 ``allow_winograd`` (True at first): whether Winograd's algorithm, which rounds more than the sums it
-replaces, may compute convolutions and their gradients, and Strassen's, of which the same is true,
-convolutions. It holds for all threads of the process, before ``FASTRES_CPU_ALGORITHM``; weights
-that a model has packed for these algorithms are left unused while it is False.
+replaces, may compute convolutions and their gradients. It holds for all threads of the process,
+before ``FASTRES_CPU_ALGORITHM``; weights that a model has packed for Winograd's algorithm are left
+unused while it is False.
 """
 
 from __future__ import annotations
