@@ -1,5 +1,8 @@
 """What every launcher needs: checks, memory layout, and the tile of an elementwise kernel."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,6 +77,28 @@ def rows_of(tensor: Tensor) -> int:
             "than 2^31 in a batch"
         )
     return rows
+
+
+_cudnn_lock = threading.Lock()
+_cudnn_users: list[bool] = []  # of each user the switch before it, the first one's torch's own
+
+
+@contextlib.contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """Has cuDNN give the same bits every run, without atomics; after the last user as before.
+
+    The switch is the process's: the threads of several devices' backwards share it.
+    """
+    with _cudnn_lock:
+        _cudnn_users.append(torch._C._get_cudnn_deterministic())
+        torch._C._set_cudnn_deterministic(True)
+    try:
+        yield
+    finally:
+        with _cudnn_lock:
+            before = _cudnn_users.pop()
+            if not _cudnn_users:
+                torch._C._set_cudnn_deterministic(before)
 
 
 class RowTile(NamedTuple):

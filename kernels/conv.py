@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._launch import (
     channels_last,
+    deterministic_cudnn,
     empty_channels_last,
     is_wide,
     parameter_dtype,
@@ -284,6 +285,15 @@ def _cudnn_fused(
     return channels_last(output)
 
 
+def _aten_convolution(input: Tensor, weight: Tensor, *geometry: object) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    with deterministic_cudnn():
+        z: Tensor = torch.ops.aten.convolution(
+            channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
+        )
+    return z
+
+
 def _output_shape(
     op: str,
     input: Tensor,
@@ -421,9 +431,7 @@ def conv_bn_relu(
     if choice in CUDNN_FUSED.values():
         return _cudnn_fused(input, weight, epilogue, eps, residual, *geometry)
     if choice == "cudnn":
-        z = torch.ops.aten.convolution(
-            channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
-        )
+        z = _aten_convolution(input, weight, stride, padding, dilation, groups)
         mean = running_mean if bias is None else running_mean - bias
         affine = (mean, running_var, bn_weight, bn_bias, eps)
         return bn_add_relu(z, *affine, residual, None, None, None, None, 0.0, relu)
@@ -491,9 +499,7 @@ def conv_stats(
         if in_mean is not None:
             none = (None,) * 5
             input = bn_add_relu(input, *prologue, in_eps, *none, 0.0, True)
-        z = torch.ops.aten.convolution(
-            channels_last(input), weight, None, stride, padding, dilation, False, [0, 0], groups
-        )
+        z = _aten_convolution(input, weight, stride, padding, dilation, groups)
         return (channels_last(z), *channel_stats(z))
     input, weight = channels_last(input), channels_last(weight)
     output = empty_channels_last(input, shape)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._launch import (
     accumulator,
     channels_last,
+    deterministic_cudnn,
     empty_channels_last,
     is_wide,
     parameter_dtype,
@@ -132,19 +133,20 @@ def conv_stats_backward(
     if in_mean is not None and needs_weight:
         prologue = (in_mean, in_var, in_weight, in_bias, in_eps)
         activation = bn_add_relu(input, *prologue, None, None, None, None, None, 0.0, True)
-    dinput, dweight, _ = torch.ops.aten.convolution_backward(
-        dconv,
-        activation,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [needs_input, needs_weight, False],
-    )
+    with deterministic_cudnn():
+        dinput, dweight, _ = torch.ops.aten.convolution_backward(
+            dconv,
+            activation,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [needs_input, needs_weight, False],
+        )
     dweight = _in_format_of(weight, dweight) if needs_weight else z.new_empty(0)
     if not needs_input:
         return (z.new_empty(0), dweight, *absent)

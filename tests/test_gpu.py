@@ -233,6 +233,18 @@ def test_forward_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_backward_by_cudnn_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_GPU_CONV", "cudnn")
+    for conv in (Conv("3x3", 64, 64, 3, 1, 56, n=16), Conv("1x1", 64, 256, 1, 1, 56, n=16)):
+        x, weight, options = conv_inputs(conv, torch.bfloat16)
+        before = affine(conv.c_in)
+        z, mean, var = ops.conv_stats(x, weight, *before, EPS, *options)
+        call = (z, mean, var, x, weight, z, mean, *before, EPS, *options, True, True)
+        runs = [ops.conv_stats_backward(*call) for _ in range(3)]
+        for again in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
 def test_more_than_32_bit_offsets() -> None:
     rows, channels = 2**25 + 100, 64
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

@@ -20,6 +20,7 @@ from fastres import kernels, tune
 GUARD = 4096
 EPS = 1e-5
 choice = importlib.import_module("fastres.kernels.choice")
+launch_module = importlib.import_module("fastres.kernels._launch")
 conv_module = importlib.import_module("fastres.kernels.conv")
 stats_module = importlib.import_module("fastres.kernels.channel_stats")
 
@@ -28,9 +29,18 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 3e-3}
 DTYPES = [torch.float32, torch.float16, torch.float64]
 
 
+def fill_of(tensor: Tensor) -> float:
+    """What no kernel writes: NaN, in integers (a pool's taps) a number that is no tap."""
+    return math.nan if tensor.is_floating_point() else 251
+
+
+def is_filled(values: Tensor) -> Tensor:
+    return values.isnan() if values.is_floating_point() else values == fill_of(values)
+
+
 def guarded(source: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of a dense tensor between bands of NaN, and the buffer that holds both."""
-    buffer = source.new_full((source.numel() + 2 * GUARD,), math.nan)
+    """A copy of a dense tensor between bands, and the buffer that holds both."""
+    buffer = source.new_full((source.numel() + 2 * GUARD,), fill_of(source))
     inside = buffer.as_strided(source.shape, source.stride(), GUARD)
     return inside.copy_(source), buffer
 
@@ -49,21 +59,19 @@ class Guards:
         @functools.wraps(allocate)
         def guarded_allocate(*args: object, **kwargs: object) -> Tensor:
             plain = allocate(*args, **kwargs)
-            if not plain.is_floating_point():
-                return plain
             inside, buffer = guarded(plain)
             self.buffers.append(buffer)
-            return inside.fill_(math.nan)
+            return inside.fill_(fill_of(plain))
 
         return guarded_allocate
 
     def check(self) -> None:
         assert self.buffers
         for buffer in self.buffers:
-            assert buffer[:GUARD].isnan().all(), "written before the tensor"
-            assert buffer[-GUARD:].isnan().all(), "written past the tensor"
+            assert is_filled(buffer[:GUARD]).all(), "written before the tensor"
+            assert is_filled(buffer[-GUARD:]).all(), "written past the tensor"
             if not self.may_hold_nan:
-                assert not buffer[GUARD:-GUARD].isnan().any(), "an element was not written"
+                assert not is_filled(buffer[GUARD:-GUARD]).any(), "an element was not written"
 
 
 @pytest.fixture(autouse=True)
@@ -473,6 +481,30 @@ def test_launch_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_GPU_CONV", "fastest")
     with pytest.raises(ValueError, match="FASTRES_GPU_CONV is 'fastest'"):
         kernels.choose_conv(x, weight, *options, "conv_stats")
+
+
+def test_launch_asks_cudnn_for_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While aten convolves, and not after; two threads share the switch."""
+    seen = []
+
+    def watched(name: str) -> Callable[..., object]:
+        plain = getattr(torch.ops.aten, name)
+
+        def call(*arguments: object) -> object:
+            with launch_module.deterministic_cudnn():
+                pass
+            seen.append(torch.backends.cudnn.deterministic)
+            return plain(*arguments)
+
+        return call
+
+    for name in ("convolution", "convolution_backward"):
+        monkeypatch.setattr(torch.ops.aten, name, watched(name))
+    monkeypatch.setenv("FASTRES_GPU_CONV", "cudnn")
+    check_conv_bn_relu("1x1 pixel", torch.float32, True, True, True)
+    check_conv_stats("1x1 pixel", torch.float32, True)
+    assert seen == [True] * 3
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_launch_by_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
