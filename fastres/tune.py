@@ -1,7 +1,8 @@
 """`fastres tune`: which kernel convolves each shape fastest on the present GPU, kept in a table.
 
 The candidates are those of `fastres.kernels.choice`: Triton's fused kernel with every tile, cuDNN
-with fastres's passes around it, and cuDNN's own fused kernels. Each is verified before it is timed.
+with fastres's passes around it, and cuDNN's own fused kernels; in the backward each product by one
+of them. Each is verified before it is timed.
 The tables that ship are made here too, `--estimate` for an architecture without timing anything.
 """
 
@@ -42,7 +43,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 ABOUT = {
     True: "Measured by `fastres tune`: the fastest candidate that gave the right answer.",
     False: "Estimated, not measured: the largest tile that gives every multiprocessor a program "
-    "(fastres.kernels.choice.default_choice). `fastres tune` measures.",
+    "(fastres.kernels.choice.default_choice), in the backward what the FLOPs and bytes say "
+    "(fastres.kernels._estimate). `fastres tune` measures.",
 }
 
 
@@ -108,14 +110,16 @@ class _Convolutions(TorchDispatchMode):
             self.keys.append(key_of(op, *args[:2], stride, padding))
         elif name == "conv_stats":
             op = "conv_stats" if args[2] is None else "bn_conv_stats"
-            self.keys.append(key_of(op, *args[:2], args[7], args[8]))
+            for name in (op, f"{op}_backward"):
+                self.keys.append(key_of(name, *args[:2], args[7], args[8]))
         return func(*args, **(kwargs or {}))
 
 
 def conv_keys(model: str, size: int, n: int, training: bool, dtype: torch.dtype) -> list[ConvKey]:
     """The convolutions, each once, of a fused model on images ``(n, 3, size, size)``.
 
-    The model passes over tensors without memory: nothing is computed.
+    In training each is followed by its backward. The model passes over tensors without memory:
+    nothing is computed.
     """
     with torch.device("meta"):
         stem = "cifar" if size < 64 else "imagenet"
@@ -161,16 +165,17 @@ def _arguments(key: ConvKey, dtype: torch.dtype, device: torch.device) -> tuple[
     weight = activation(key.c_out, key.c_in, *key.kernel)
     weight = weight / math.sqrt(key.c_in * math.prod(key.kernel))
     geometry = [list(key.stride), list(key.padding), [1, 1], 1]
-    if key.op.endswith("conv_stats"):
-        before = vectors(key.c_in) if key.op == "bn_conv_stats" else [None] * 4
-        return "conv_stats", [x, weight, *before, EPS, *geometry]
-    residual = None
-    if "add" in key.op:
-        height, width = (
-            (size + 2 * key.padding[i] - key.kernel[i]) // key.stride[i] + 1
-            for i, size in enumerate((key.height, key.width))
-        )
-        residual = activation(key.n, key.c_out, height, width)
+    result = (key.n, key.c_out, *key.out_size)
+    if "conv_stats" in key.op:
+        before = vectors(key.c_in) if key.op.startswith("bn") else [None] * 4
+        forward = [x, weight, *before, EPS, *geometry]
+        if not key.op.endswith("backward"):
+            return "conv_stats", forward
+        dz, z = activation(*result), activation(*result)
+        mean, _, dmean, dvar = vectors(key.c_out)
+        arguments = [dz, dmean, dvar, *forward[:2], z, mean, *forward[2:], True, True]
+        return "conv_stats_backward", arguments
+    residual = activation(*result) if "add" in key.op else None
     relu = key.op.endswith("relu")
     arguments = [x, weight, None, *vectors(key.c_out), EPS, residual, *geometry, relu, None]
     return "conv_bn_relu", arguments
@@ -193,7 +198,7 @@ def contestants(
     """The candidates of `names` that give the right answer, ready to be timed.
 
     Right: the relative error against plain torch in float32 is at most twice that of aten's
-    convolution with fastres's passes, and a NaN of the input comes out.
+    convolution with fastres's passes, and a NaN of the input (backward: of dz) comes out.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -211,7 +216,11 @@ def contestants(
     def is_right(name: str) -> bool:
         if _error(_results(launch(*arguments, name)), exact) > limit:
             return False
-        return bool(_results(launch(*poisoned, name))[0][0].isnan().all())
+        results = _results(launch(*poisoned, name))
+        # Of a gradient the weight's: ReLU's mask and strides leave zeros in the input's.
+        middle = (..., key.kernel[0] // 2, key.kernel[1] // 2)
+        touched = results[1][middle] if op.endswith("backward") else results[0][0]
+        return bool(touched.isnan().all())
 
     found: dict[str, Run] = {}
     for name in names:
@@ -368,6 +377,6 @@ def typical_choices() -> list[tuple[str, str, str]]:
     from fastres.kernels import choice
 
     device = torch.device("cuda", torch.cuda.current_device())
-    keys = [*conv_keys("resnet50", 224, 256, True, torch.bfloat16)[:9]]
+    keys = [*conv_keys("resnet50", 224, 256, True, torch.bfloat16)[:12]]
     keys += conv_keys("resnet18", 224, 1, False, torch.bfloat16)[:6]
     return [(str(key), *choice.explain(key, torch.bfloat16, device)) for key in keys]

@@ -205,6 +205,36 @@ def backward_warps(dtype: torch.dtype) -> int:
     return 4 if dtype == torch.float64 else 8
 
 
+def reduce_gradients(
+    part_g: Tensor, part_gz: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> list[Tensor]:
+    """The gradients of BatchNorm's mean, var, weight (empty where it is None) and bias, ``(C,)``.
+
+    part_g and part_gz are ``(parts, C)``: sums of the gradient g of BatchNorm's result, and of
+    g * (z - mean). To be called with their device current.
+    """
+    parts, channels = part_g.shape
+    sizes = (channels, channels, 0 if weight is None else channels, channels)
+    vectors = [part_g.new_empty(size) for size in sizes]
+    if channels:
+        bn_reduce_bwd_kernel[(triton.cdiv(channels, REDUCE_BLOCK_CHANNELS),)](
+            part_g,
+            part_gz,
+            var,
+            weight,
+            *(vector if vector.numel() else None for vector in vectors),
+            parts,
+            channels,
+            EPS=eps,
+            ACC=accumulator(part_g.dtype),
+            BLOCK_PARTS=REDUCE_BLOCK_PARTS,
+            BLOCK_CHANNELS=REDUCE_BLOCK_CHANNELS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return vectors
+
+
 def _require_pair(op: str, mean: Tensor | None, var: Tensor | None) -> None:
     message = "residual_mean and residual_var must be given together"
     require((mean is None) == (var is None), op, message)
@@ -311,27 +341,6 @@ def bn_add_relu_gradients(
     part_gz = torch.empty_like(part_g)
     part_gr = torch.empty_like(part_g) if projection else None
 
-    def reduce(part: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> list[Tensor]:
-        sizes = (channels, channels, 0 if weight is None else channels, channels)
-        vectors = [parameter.new_empty(size) for size in sizes]
-        if channels:
-            bn_reduce_bwd_kernel[(triton.cdiv(channels, REDUCE_BLOCK_CHANNELS),)](
-                part_g,
-                part,
-                var,
-                weight,
-                *(vector if vector.numel() else None for vector in vectors),
-                parts,
-                channels,
-                EPS=eps,
-                ACC=accumulator(z.dtype),
-                BLOCK_PARTS=REDUCE_BLOCK_PARTS,
-                BLOCK_CHANNELS=REDUCE_BLOCK_CHANNELS,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-        return vectors
-
     with torch.cuda.device_of(z):
         if dz.numel():
             blocks = triton.cdiv(channels, tile.block_channels)
@@ -365,9 +374,9 @@ def bn_add_relu_gradients(
                 num_warps=backward_warps(z.dtype),
                 enable_fp_fusion=True,
             )
-        main = reduce(part_gz, var, weight, eps)
+        main = reduce_gradients(part_g, part_gz, var, weight, eps)
         if projection:
-            branch = reduce(part_gr, residual_var, residual_weight, residual_eps)
+            branch = reduce_gradients(part_g, part_gr, residual_var, residual_weight, residual_eps)
         else:
             branch = [parameter.new_empty(0) for _ in range(4)]
     return (dz, *main, dresidual, *branch)

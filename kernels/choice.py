@@ -7,46 +7,26 @@ Where none has it, the largest tile does that gives every multiprocessor a progr
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from ._estimate import default_backward, default_tile, programs
+from ._tiles import CONV_TILES, GRADIENTS, STEM_TILES
 
 # The interpreter runs whatever this architecture would.
 INTERPRETED = "sm_90"
 SHIPPED = Path(__file__).parent / "tuned"
-OPS = ("conv_bn_relu", "conv_bn_add_relu", "conv_bn", "conv_bn_add", "conv_stats", "bn_conv_stats")
+BACKWARD_OPS = ("conv_stats_backward", "bn_conv_stats_backward")
+OPS = (
+    *("conv_bn_relu", "conv_bn_add_relu", "conv_bn", "conv_bn_add", "conv_stats", "bn_conv_stats"),
+    *BACKWARD_OPS,
+)
 CUDNN_FUSED = {"conv_bn_relu": "cudnn_relu", "conv_bn_add_relu": "cudnn_add_relu"}
-
-
-class ConvTile(NamedTuple):
-    """A tile configuration; block_depth is in bytes of Ci, so that 16- and 32-bit share it."""
-
-    block_rows: int
-    block_columns: int
-    block_depth_bytes: int
-    num_warps: int
-    num_stages: int
-
-    def block_depth(self, dtype: torch.dtype) -> int:
-        return self.block_depth_bytes // dtype.itemsize
-
-
-CONV_TILES = {
-    "wide": ConvTile(128, 256, 128, 8, 3),
-    "square": ConvTile(128, 128, 128, 8, 3),
-    "tall": ConvTile(128, 64, 128, 4, 4),
-    "small": ConvTile(64, 64, 128, 4, 3),
-}
-
-
-def conv_tile(name: str, target: str) -> ConvTile:
-    """The tile of that name for an architecture: AMD's 64 KB of shared memory hold one stage."""
-    tile = CONV_TILES[name]
-    return tile._replace(num_stages=2) if target.startswith("gfx") else tile
 
 
 def tile_fits(name: str, dtype: torch.dtype, prologue: bool, target: str) -> bool:
@@ -73,6 +53,11 @@ def has_tensor_cores(target: str, precision: str) -> bool:
     if target.startswith("gfx"):
         return target == "gfx942" and precision == "16-bit"
     return precision in ("16-bit", "tf32") and int(target.removeprefix("sm_")) >= 80
+
+
+def has_tma(target: str) -> bool:
+    """Whether an architecture has a tensor memory accelerator."""
+    return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 
 
 @functools.cache
@@ -106,13 +91,18 @@ class ConvKey(NamedTuple):
     padding: tuple[int, int]
 
     @property
-    def rows(self) -> int:
-        """Pixels of the output in the whole batch."""
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
         height, width = (
             (size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
             for i, size in enumerate((self.height, self.width))
         )
-        return self.n * height * width
+        return height, width
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the output in the whole batch."""
+        return self.n * math.prod(self.out_size)
 
     def __str__(self) -> str:
         kernel, stride, padding = ("x".join(map(str, pair)) for pair in self[7:])
@@ -139,6 +129,16 @@ class ConvKey(NamedTuple):
         return key
 
 
+def is_stem(key: ConvKey) -> bool:
+    """Whether a convolution has so few channels that a line of its kernel is loaded as one tap."""
+    return (
+        key.c_in % 16 != 0
+        and key.c_in * key.kernel[1] <= 64
+        and not key.op.startswith("bn_")
+        and key.op not in BACKWARD_OPS
+    )
+
+
 def key_of(
     op: str, input: Tensor, weight: Tensor, stride: list[int], padding: list[int]
 ) -> ConvKey:
@@ -153,39 +153,56 @@ def key_of(
 def candidates(key: ConvKey, dtype: torch.dtype, target: str) -> list[str]:
     """Every way to compute a convolution without groups and dilation, the default ones first.
 
-    "triton:TILE" is the fused kernel, "cudnn" aten's convolution with fastres's passes around it,
-    "cudnn_relu" and "cudnn_add_relu" cuDNN's own fused ones, on a weight that BatchNorm's scale is
-    multiplied into at every call. float16 has not the range for that.
+    "triton:TILE" is the fused kernel, "tma:TILE" its persistent variant for 1x1 convolutions, which
+    loads by TMA, "cudnn" aten's convolution with fastres's passes around it, "cudnn_relu" and
+    "cudnn_add_relu" cuDNN's own fused ones, on a weight that BatchNorm's scale is multiplied into
+    at every call. float16 has not the range for that. A stem's default is cuDNN.
+
+    Of a backward op they are those of GRADIENTS: "triton:DGRAD+WGRAD" names the tiles of both
+    products, "triton_apply" the same where the products apply the statistics' gradient, "dgrad" and
+    "wgrad" the one of the two that is ours.
     """
     found = []
     # 16 channels keep every row of a tile 16-byte aligned: asynchronous copies, no spills.
-    aligned = all(c > 0 and c % 16 == 0 for c in (key.c_in, key.c_out))
-    if aligned and key.n > 0 and has_tensor_cores(target, key.precision):
+    outside = key.n > 0 and key.c_out > 0 and key.c_out % 16 == 0
+    outside = outside and has_tensor_cores(target, key.precision)
+    fits = outside and key.c_in > 0 and key.c_in % 16 == 0
+    if key.op in BACKWARD_OPS:
+        # With more taps than one dz and z would be read and joined again for each.
+        pointwise = key.kernel == (1, 1)
+        ours = [name for name, how in GRADIENTS.items() if pointwise or not how.apply]
+        return ours if fits else ["cudnn"]
+    if fits:
         prologue = key.op == "bn_conv_stats"
         tiles = [name for name in CONV_TILES if tile_fits(name, dtype, prologue, target)]
         found += [f"triton:{name}" for name in tiles]
+        pointwise = key[7:] == ((1, 1), (1, 1), (0, 0))
+        if pointwise and key.precision == "16-bit" and has_tma(target):
+            found += [f"tma:{name}" for name in CONV_TILES]
     found.append("cudnn")
     if key.op in CUDNN_FUSED and target.startswith("sm_") and dtype != torch.float16:
         found.append(CUDNN_FUSED[key.op])
+    if outside and is_stem(key):
+        found += [f"triton:{name}" for name in STEM_TILES]
     return found
 
 
-def default_choice(key: ConvKey, dtype: torch.dtype, target: str, enough: int) -> str:
-    """The largest tile that fits and gives each of `enough` multiprocessors a program."""
+def default_choice(
+    key: ConvKey, dtype: torch.dtype, target: str, enough: int, *, ours: bool = False
+) -> str:
+    """The largest tile that fits and gives each of `enough` multiprocessors a program.
+
+    Of a backward op what is estimated to take the least time, with `ours` among Triton's alone.
+    """
     possible = candidates(key, dtype, target)
     if possible[0] == "cudnn":
-        return "cudnn"
-
-    def programs(name: str) -> int:
-        tile = CONV_TILES[name]
-        return triton.cdiv(key.rows, tile.block_rows) * triton.cdiv(key.c_out, tile.block_columns)
-
+        return possible[-1] if ours and possible[-1].startswith("triton") else "cudnn"
+    if key.op in BACKWARD_OPS:
+        return default_backward(key, possible, target, enough, ours)
     wide = "triton:wide" in possible and key.c_out % 256 == 0
-    if wide and programs("wide") >= 2 * enough:
+    if wide and programs("wide", key.rows, key.c_out) >= 2 * enough:
         return "triton:wide"
-    if key.c_out > 64 and programs("square") >= enough:
-        return "triton:square"
-    return "triton:tall" if programs("tall") >= enough else "triton:small"
+    return f"triton:{default_tile(key.rows, key.c_out, enough)}"
 
 
 class Table(NamedTuple):
@@ -215,7 +232,8 @@ def read_table(path: Path) -> Table:
     return Table(path, target, measured, choices)
 
 
-_KNOWN = {*(f"triton:{name}" for name in CONV_TILES), "cudnn", *CUDNN_FUSED.values()}
+_KNOWN = {f"{kernel}:{name}" for kernel in ("triton", "tma") for name in CONV_TILES}
+_KNOWN |= {*CUDNN_FUSED.values(), *GRADIENTS}
 
 
 def stored_path(device_name: str) -> Path:
@@ -280,9 +298,10 @@ def explain(key: ConvKey, dtype: torch.dtype, device: torch.device) -> tuple[str
         return "cudnn", "FASTRES_GPU_CONV"
     for table in tables(device):
         choice = table.choices.get(key)
-        if choice in possible and (asked == "auto" or choice.startswith("triton")):
+        if choice in possible and (asked == "auto" or choice.startswith(("triton", "tma"))):
             return choice, f"{'measured' if table.measured else 'estimated'}: {table.path}"
-    choice = default_choice(key, dtype, target, multiprocessors(device))
+    ours = asked == "triton"
+    choice = default_choice(key, dtype, target, multiprocessors(device), ours=ours)
     return choice, "no table has this shape" if choice != "cudnn" else "no other kernel fits"
 
 

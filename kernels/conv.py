@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._conv_parts import GROUP_ROWS, activation_before, conv_epilogue, grouped_tile
 from ._launch import (
     channels_last,
     deterministic_cudnn,
@@ -21,73 +22,13 @@ from ._launch import (
     rows_of,
     vectors,
 )
+from ._tiles import ConvTile, conv_tile, tile_of_8_warps
 from .bn_add_relu import bn_add_relu, channel_scale
 from .channel_stats import channel_stats, merge_stats
-from .choice import CUDNN_FUSED, ConvTile, choose_conv, conv_tile, target_of
+from .choice import CUDNN_FUSED, choose_conv, target_of
+from .conv_1x1 import launch_conv_1x1
 
-GROUP_ROWS = 8
 FOLD_BLOCK = 1024
-
-
-@triton.jit
-def split_columns(acc):
-    halves = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
-    low, high = tl.split(tl.permute(halves, (0, 2, 1)))
-    return low, high
-
-
-@triton.jit
-def conv_epilogue(
-    acc,
-    row_block,
-    first_column,
-    output,
-    running_mean,
-    running_var,
-    bias,
-    bn_weight,
-    bn_bias,
-    residual,
-    part_mean,
-    part_m2,
-    rows,
-    out_channels,
-    EPS: tl.constexpr,
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    BLOCK_ROWS: tl.constexpr = acc.shape[0]
-    SLICE: tl.constexpr = acc.shape[1]
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = first_column + tl.arange(0, SLICE)
-    row_mask = row < rows
-    column_mask = column < out_channels
-    mask = row_mask[:, None] & column_mask[None, :]
-    if WIDE:
-        row = row.to(tl.int64)
-    offset = row[:, None] * out_channels + column[None, :]
-    if running_mean is not None:
-        scale = channel_scale(running_var, bn_weight, column, column_mask, EPS, tl.float32)
-        shift = -tl.load(running_mean + column, mask=column_mask, other=0.0).to(tl.float32)
-        if bias is not None:
-            shift += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)
-        acc = (acc + shift[None, :]) * scale[None, :]
-        if bn_bias is not None:
-            acc += tl.load(bn_bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        if residual is not None:
-            acc += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            acc = tl.where(acc < 0, 0.0, acc)
-    tl.store(output + offset, acc.to(output.dtype.element_ty), mask=mask)
-    if part_mean is not None:
-        # Rows past the end are zero in acc: they add nothing to the sum.
-        count = tl.minimum(rows - row_block * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
-        mean = tl.sum(acc, axis=0) / count
-        deviation = tl.where(row_mask[:, None], acc - mean[None, :], 0.0)
-        m2 = tl.sum(deviation * deviation, axis=0)
-        part = row_block * out_channels + column
-        tl.store(part_mean + part, mean, mask=column_mask)
-        tl.store(part_m2 + part, m2, mask=column_mask)
 
 
 @triton.jit(
@@ -125,23 +66,20 @@ def conv_fwd_kernel(
     IN_EPS: tl.constexpr,
     EPS: tl.constexpr,
     RELU: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,  # Ci is a multiple of BLOCK_DEPTH
+    LINES: tl.constexpr,  # a line of the kernel and its channels are one tap: for few channels
+    EVEN_DEPTH: tl.constexpr,  # a tap's channels are a multiple of BLOCK_DEPTH
     WIDE: tl.constexpr,  # offsets need 64 bits
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    # Programs that run together share rows and columns in L2.
-    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    column_blocks = tl.cdiv(out_channels, BLOCK_COLUMNS)
-    group_programs = GROUP_ROWS * column_blocks
-    group = tl.program_id(0) // group_programs
-    group_rows = tl.minimum(row_blocks - group * GROUP_ROWS, GROUP_ROWS)
-    inside = tl.program_id(0) % group_programs
-    row_block = group * GROUP_ROWS + inside % group_rows
-    column_block = inside // group_rows
-
+    row_block, column_block = grouped_tile(
+        tl.program_id(0),
+        tl.cdiv(rows, BLOCK_ROWS),
+        tl.cdiv(out_channels, BLOCK_COLUMNS),
+        GROUP_ROWS,
+    )
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = row < rows
@@ -154,65 +92,58 @@ def conv_fwd_kernel(
     pixel = ((image * height + top) * width + left) * in_channels
     depth = KERNEL_H * KERNEL_W * in_channels
 
-    # Taps run fastest: the same lines of the input serve KERNEL_H * KERNEL_W steps.
-    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    # Taps run fastest: the same lines of the input serve KERNEL_H * TAPS_W steps.
+    TAPS_W: tl.constexpr = 1 if LINES else KERNEL_W
+    taps: tl.constexpr = KERNEL_H * TAPS_W
+    tap_channels = KERNEL_W // TAPS_W * in_channels
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for step in range(0, taps * tl.cdiv(in_channels, BLOCK_DEPTH)):
+    for step in range(0, taps * tl.cdiv(tap_channels, BLOCK_DEPTH)):
         tap = step % taps
-        tap_h = tap // KERNEL_W
-        tap_w = tap % KERNEL_W
+        tap_h = tap // TAPS_W
+        tap_w = tap % TAPS_W
         c = step // taps * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
         a_mask = row_mask
         if PADDING_H > 0:
             a_mask = a_mask & (top + tap_h >= 0) & (top + tap_h < height)
-        if PADDING_W > 0:
+        if PADDING_W > 0 and not LINES:
             a_mask = a_mask & (left + tap_w >= 0) & (left + tap_w < width)
         a_mask = a_mask[:, None]
         b_mask = column_mask[None, :]
+        if LINES:
+            x = left[:, None] + (c // in_channels)[None, :]
+            a_mask = a_mask & (x >= 0) & (x < width)
         if not EVEN_DEPTH:
-            a_mask = a_mask & (c < in_channels)[None, :]
-            b_mask = b_mask & (c < in_channels)[:, None]
+            a_mask = a_mask & (c < tap_channels)[None, :]
+            b_mask = b_mask & (c < tap_channels)[:, None]
         a_offset = pixel[:, None] + ((tap_h * width + tap_w) * in_channels + c)[None, :]
         a = tl.load(input + a_offset, mask=a_mask, other=0.0)
         if in_mean is not None:
-            c_mask = c < in_channels
-            scale = channel_scale(in_var, in_weight, c, c_mask, IN_EPS, tl.float32)
-            shift = tl.load(in_mean + c, mask=c_mask, other=0.0).to(tl.float32)
-            value = (a.to(tl.float32) - shift[None, :]) * scale[None, :]
-            if in_bias is not None:
-                value += tl.load(in_bias + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
-            # A padded zero is a zero of the activation, not of its input.
-            a = tl.where(a_mask, tl.where(value < 0, 0.0, value), 0.0).to(input.dtype.element_ty)
-        b_offset = column[None, :] * depth + (tap * in_channels + c)[:, None]
+            a = activation_before(
+                a, a_mask, c, in_channels, in_mean, in_var, in_weight, in_bias, IN_EPS
+            )
+        b_offset = column[None, :] * depth + (tap * tap_channels + c)[:, None]
         b = tl.load(weight + b_offset, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="tf32")
 
-    # In slices: a whole tile of accumulators, residuals and addresses does not fit the registers.
-    slices = (acc,)
-    if BLOCK_COLUMNS >= 128:
-        slices = split_columns(slices[0])
-    if BLOCK_COLUMNS >= 256:
-        slices = split_columns(slices[0]) + split_columns(slices[1])
-    for i in tl.static_range(len(slices)):
-        conv_epilogue(
-            slices[i],
-            row_block,
-            column_block * BLOCK_COLUMNS + i * (BLOCK_COLUMNS // len(slices)),
-            output,
-            running_mean,
-            running_var,
-            bias,
-            bn_weight,
-            bn_bias,
-            residual,
-            part_mean,
-            part_m2,
-            rows,
-            out_channels,
-            EPS,
-            RELU,
-            WIDE,
-        )
+    conv_epilogue(
+        acc,
+        row_block,
+        column_block,
+        output,
+        running_mean,
+        running_var,
+        bias,
+        bn_weight,
+        bn_bias,
+        residual,
+        part_mean,
+        part_m2,
+        rows,
+        out_channels,
+        EPS,
+        RELU,
+        WIDE,
+    )
 
 
 @triton.jit
@@ -326,8 +257,38 @@ def _output_shape(
     return input.shape[0], weight.shape[0], size[0], size[1]
 
 
+def _launch(
+    choice: str,
+    tile: ConvTile,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    prologue: list[Tensor | None],
+    in_eps: float,
+    epilogue: list[Tensor | None],
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    part_mean: Tensor | None = None,
+    part_m2: Tensor | None = None,
+) -> None:
+    """With tensors input, weight and output: by "tma", or by "triton"."""
+    outside = (*tensors, prologue, in_eps, epilogue, eps, residual, relu)
+    with torch.cuda.device_of(tensors[0]):
+        if choice.startswith("tma"):
+            launch_conv_1x1(*outside, tile, part_mean, part_m2)
+        else:
+            _launch_conv(*outside, stride, padding, tile, part_mean, part_m2)
+
+
 def _tile_of(choice: str, input: Tensor) -> ConvTile:
-    return conv_tile(choice.removeprefix("triton:"), target_of(input.device))
+    make = tile_of_8_warps if _is_stem(input) else conv_tile
+    return make(choice.partition(":")[2], target_of(input.device))
+
+
+def _is_stem(input: Tensor) -> bool:
+    # Sixteens of channels are aligned; the images' three are not, and fill no tile's depth.
+    return input.shape[1] % 16 != 0
 
 
 def _launch_conv(
@@ -348,7 +309,11 @@ def _launch_conv(
 ) -> None:
     rows, out_channels = rows_of(output), output.shape[1]
     in_channels = input.shape[1]
+    lines = _is_stem(input)
+    tap_channels = in_channels * weight.shape[3] if lines else in_channels
     block_depth = tile.block_depth(input.dtype)
+    if lines:
+        block_depth = min(block_depth, max(16, triton.next_power_of_2(tap_channels)))
     programs = triton.cdiv(rows, tile.block_rows) * triton.cdiv(out_channels, tile.block_columns)
     conv_fwd_kernel[(programs,)](
         input,
@@ -375,7 +340,8 @@ def _launch_conv(
         IN_EPS=in_eps,
         EPS=eps,
         RELU=relu,
-        EVEN_DEPTH=in_channels % block_depth == 0,
+        LINES=lines,
+        EVEN_DEPTH=tap_channels % block_depth == 0,
         WIDE=is_wide(input) or is_wide(output),
         BLOCK_ROWS=tile.block_rows,
         BLOCK_COLUMNS=tile.block_columns,
@@ -438,24 +404,19 @@ def conv_bn_relu(
     input, weight = channels_last(input), channels_last(weight)
     output = empty_channels_last(input, shape)
     require_like(op, "residual", residual, "the output", output)
-    tile = _tile_of(choice, input)
-    with torch.cuda.device_of(input):
-        _launch_conv(
-            input,
-            weight,
-            output,
-            [None] * 4,
-            0.0,
-            epilogue,
-            eps,
-            channels_last(residual),
-            relu,
-            stride,
-            padding,
-            tile,
-            None,
-            None,
-        )
+    _launch(
+        choice,
+        _tile_of(choice, input),
+        (input, weight, output),
+        [None] * 4,
+        0.0,
+        epilogue,
+        eps,
+        channels_last(residual),
+        relu,
+        stride,
+        padding,
+    )
     return output
 
 
@@ -511,22 +472,21 @@ def conv_stats(
         device=input.device,
     )
     part_m2 = torch.empty_like(part_mean)
+    _launch(
+        choice,
+        tile,
+        (input, weight, output),
+        prologue,
+        in_eps,
+        [None] * 5,
+        0.0,
+        None,
+        False,
+        stride,
+        padding,
+        part_mean,
+        part_m2,
+    )
     with torch.cuda.device_of(input):
-        _launch_conv(
-            input,
-            weight,
-            output,
-            prologue,
-            in_eps,
-            [None] * 5,
-            0.0,
-            None,
-            False,
-            stride,
-            padding,
-            tile,
-            part_mean,
-            part_m2,
-        )
         mean, var = merge_stats(part_mean, part_m2, rows, tile.block_rows)
     return output, mean, var

@@ -1,4 +1,9 @@
-"""Gradients of conv_stats: one apply pass, aten's convolution backward, one masked reduction."""
+"""Gradients of conv_stats, as choice.Gradients says.
+
+The parts: the gradient of the statistics is applied to dz, in a pass or as the products load it;
+then the data gradient, masked by the ReLU of the layer before and reduced for its BatchNorm, and
+the weight gradient. Either product is ours (conv_gradients), or aten's with passes around it.
+"""
 
 import torch
 import triton
@@ -18,7 +23,10 @@ from ._launch import (
     rows_of,
     vectors,
 )
+from ._tiles import GRADIENTS, tile_of_8_warps
 from .bn_add_relu import bn_add_relu, bn_add_relu_gradients
+from .choice import choose_conv, target_of
+from .conv_gradients import data_gradient, weight_gradient
 
 
 @triton.jit
@@ -108,11 +116,13 @@ def conv_stats_backward(
     groups: int,
     needs_input: bool,
     needs_weight: bool,
+    choice: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of conv_stats' input, weight and the prologue's statistics and parameters.
 
-    Returns dinput, dweight, din_mean, din_var, din_weight, din_bias; what is not asked for or does
-    not apply is empty ``(0,)``. Raises RuntimeError where shapes, dtypes or devices do not fit.
+    choice is one of choice.candidates, None for choose_conv's. Returns dinput, dweight, din_mean,
+    din_var, din_weight, din_bias; what is not asked for or does not apply is empty ``(0,)``. Raises
+    RuntimeError where shapes, dtypes or devices do not fit.
     """
     op = "conv_stats_backward"
     require(z.dim() == 4, op, f"z has {z.dim()} dimensions, expected 4")
@@ -128,38 +138,58 @@ def conv_stats_backward(
         in_bias=in_bias,
     )
     absent = [mean.new_empty(0, dtype=parameter_dtype(z.dtype)) for _ in range(4)]
-    dconv = _apply(dz, z, mean, dmean, dvar)
-    activation = input = channels_last(input)
-    if in_mean is not None and needs_weight:
-        prologue = (in_mean, in_var, in_weight, in_bias, in_eps)
-        activation = bn_add_relu(input, *prologue, None, None, None, None, None, 0.0, True)
-    with deterministic_cudnn():
-        dinput, dweight, _ = torch.ops.aten.convolution_backward(
-            dconv,
-            activation,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [needs_input, needs_weight, False],
-        )
+    prologue = [in_mean, in_var, in_weight, in_bias]
+    if choice is None:
+        name = "conv_stats_backward" if in_mean is None else "bn_conv_stats_backward"
+        choice = choose_conv(input, weight, stride, padding, dilation, groups, name)
+    how = GRADIENTS[choice]
+    input = channels_last(input)
+    statistics: list[Tensor | None] = [None] * 4
+    if how.apply:
+        dconv = channels_last(dz)
+        statistics = [channels_last(z), mean, dmean, dvar]
+    else:
+        dconv = _apply(dz, z, mean, dmean, dvar)
+    by_aten = [needs_input and how.dgrad is None, needs_weight and how.wgrad is None, False]
+    activation = input
+    if in_mean is not None and by_aten[1]:
+        none = (None,) * 5
+        activation = bn_add_relu(input, *prologue, in_eps, *none, 0.0, True)
+    dinput = dweight = z.new_empty(0)
+    if any(by_aten):
+        with deterministic_cudnn():
+            dinput, dweight, _ = torch.ops.aten.convolution_backward(
+                dconv,
+                activation,
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                by_aten,
+            )
+    product = (channels_last(weight), prologue, in_eps, stride, padding)
+    target = target_of(z.device)
+    if how.wgrad is not None and needs_weight:
+        tile = tile_of_8_warps(how.wgrad, target)
+        dweight = weight_gradient(dconv, statistics, input, *product, tile)
     dweight = _in_format_of(weight, dweight) if needs_weight else z.new_empty(0)
     if not needs_input:
         return (z.new_empty(0), dweight, *absent)
+    if how.dgrad is not None:
+        tile = tile_of_8_warps(how.dgrad, target)
+        dinput, *vectors_before = data_gradient(dconv, statistics, input, *product, tile)
+        return (dinput, dweight, *(vectors_before or absent))
     if in_mean is None:
         return (channels_last(dinput), dweight, *absent)
     gradients = bn_add_relu_gradients(
         dinput,
         None,
         input,
-        in_mean,
-        in_var,
-        in_weight,
-        in_bias,
+        *prologue,
         in_eps,
         None,
         None,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fastres
 from cases import ODD_ACTIVATIONS, ODD_CONVS, POOLS, RESNET_CONVS, Activation, Conv, Pool
 from fastres import tune
+from fastres.kernels import _tiles as tiles
 from fastres.kernels import choice
 from fastres.ops import reference
 from tolerances import assert_within_twice, relative_error
@@ -156,6 +157,50 @@ def test_every_tile(
     compare("conv_stats", x, weight, *affine(conv.c_in), EPS, *options)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="the GPU has no tensor memory accelerator",
+)
+@pytest.mark.parametrize("tile", tiles.CONV_TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 28])
+def test_every_tile_by_tma(
+    size: int, dtype: torch.dtype, tile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fastres.kernels.conv")
+    monkeypatch.setattr(module, "choose_conv", lambda *args: f"tma:{tile}")
+    conv = Conv("1x1", 80, 272, 1, 1, size, n=4)
+    x, weight, options = conv_inputs(conv, dtype)
+    r = activation((conv.n, conv.c_out, size, size), dtype)
+    compare("conv_bn_relu", x, weight, None, *affine(conv.c_out), EPS, r, *options, True, None)
+    compare("conv_stats", x, weight, *affine(conv.c_in), EPS, *options)
+    compare("conv_stats", x, weight, *[None] * 4, EPS, *options)
+
+
+# A pointwise convolution, and one whose data gradient has four phases.
+GRADIENT_CONVS = [Conv("1x1", 128, 256, 1, 1, 28, n=4), Conv("3x3", 128, 256, 3, 2, 28, n=4)]
+
+
+@pytest.mark.parametrize("name", tiles.GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv", GRADIENT_CONVS, ids=str)
+def test_every_gradient(
+    conv: Conv, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tiles.GRADIENTS[name].apply and conv.kernel > 1:
+        pytest.skip("the statistics' gradient is joined for one tap alone")
+    module = importlib.import_module("fastres.kernels.conv_backward")
+    monkeypatch.setattr(module, "choose_conv", lambda *args: name)
+    x, weight, options = conv_inputs(conv, dtype)
+    z = activation((conv.n, conv.c_out, conv.out, conv.out), dtype)
+    dz, dmean, dvar = activation(tuple(z.shape), dtype), vector(conv.c_out), vector(conv.c_out)
+    call = (dz, dmean, dvar, x, weight, z, vector(conv.c_out), *affine(conv.c_in), EPS, *options)
+    first = compare("conv_stats_backward", *call, True, True)
+    again = ops.conv_stats_backward(*call, True, True)
+    if tiles.GRADIENTS[name].dgrad and tiles.GRADIENTS[name].wgrad:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate that is admitted is timed, and the table decides from then on."""
     config = tune.TuneConfig(model=("resnet18",), size=32, infer=(2,), train=(2,))
@@ -243,6 +288,46 @@ def test_backward_by_cudnn_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> 
         runs = [ops.conv_stats_backward(*call) for _ in range(3)]
         for again in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="the GPU has no tensor memory accelerator",
+)
+def test_cuda_graph_by_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds the descriptors: new values at the same addresses, new results."""
+    module = importlib.import_module("fastres.kernels.conv")
+    monkeypatch.setattr(module, "choose_conv", lambda *args: "tma:square")
+    x, weight, options = conv_inputs(Conv("1x1", 64, 256, 1, 1, 28, n=8), torch.bfloat16)
+    call = (x, weight, *affine(64), EPS, *options)
+    ops.conv_stats(*call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.conv_stats(*call)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        for replayed, eager in zip(captured, ops.conv_stats(*call), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize("tile", tiles.STEM_TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(7, 2, 61), (3, 1, 32)])
+def test_stem(
+    kernel: int,
+    stride: int,
+    size: int,
+    dtype: torch.dtype,
+    tile: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("fastres.kernels.conv")
+    monkeypatch.setattr(module, "choose_conv", lambda *args: f"triton:{tile}")
+    x, weight, options = conv_inputs(Conv("stem", 3, 64, kernel, stride, size, n=4), dtype)
+    compare("conv_bn_relu", x, weight, None, *affine(64), EPS, None, *options, True, None)
+    compare("conv_stats", x, weight, *[None] * 4, EPS, *options)
 
 
 def test_more_than_32_bit_offsets() -> None:

@@ -6,7 +6,9 @@ import importlib
 import itertools
 import re
 import subprocess
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -20,8 +22,11 @@ add_relu = importlib.import_module("fastres.kernels.add_relu")
 bn_add_relu = importlib.import_module("fastres.kernels.bn_add_relu")
 channel_stats = importlib.import_module("fastres.kernels.channel_stats")
 choice = importlib.import_module("fastres.kernels.choice")
+tiles = importlib.import_module("fastres.kernels._tiles")
 conv = importlib.import_module("fastres.kernels.conv")
+conv_1x1 = importlib.import_module("fastres.kernels.conv_1x1")
 conv_backward = importlib.import_module("fastres.kernels.conv_backward")
+conv_gradients = importlib.import_module("fastres.kernels.conv_gradients")
 max_pool2d = importlib.import_module("fastres.kernels.max_pool2d")
 
 TARGETS = {
@@ -39,6 +44,7 @@ POINTER = {
 }
 # Arguments that are neither tensors of the activations' dtype nor compile-time constants.
 INTEGERS = ["rows", "tiles", "parts", "channels", "numel", "tile_rows", "part_rows", "group"]
+INTEGERS += ["phase_rows", "split_rows"]
 INTEGERS += ["height", "width", "in_channels", "out_height", "out_width", "out_channels", "depth"]
 ACTIVATIONS = ["input", "weight", "residual", "output", "dy", "y", "z", "dz", "dresidual", "dinput"]
 ACTIVATIONS += ["folded", "shift"]
@@ -52,8 +58,14 @@ def compile_for(
     num_warps: int,
     num_stages: int = 3,
     activations: list[str] = ACTIVATIONS,
+    descriptors: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    odd: Collection[str] = (),
 ) -> CompiledKernel:
-    """Compile as a launch with 16-byte aligned tensors and channels in sixteens would."""
+    """Compile as a launch with 16-byte aligned tensors and channels in sixteens would.
+
+    `descriptors` are the arguments that are tensor descriptors, and their blocks; of `odd` ones,
+    channels or tensors, nothing is known.
+    """
     vectors = POINTER[torch.float64 if dtype == torch.float64 else torch.float32]
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -61,13 +73,17 @@ def compile_for(
             signature[name] = "constexpr"
             continue
         assert not name.isupper(), f"{name} has no value"
+        if name in descriptors:
+            rows, columns = descriptors[name]
+            signature[name] = f"tensordesc<{POINTER[dtype].removeprefix('*')}[{rows}, {columns}]>"
+            continue
         if name in INTEGERS:
             signature[name] = "i32"
         elif name == "taps":
             signature[name] = "*u8"
         else:
             signature[name] = POINTER[dtype] if name in activations else vectors
-        if name.endswith("channels") or name not in INTEGERS:
+        if name not in odd and (name.endswith("channels") or name not in INTEGERS):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -124,7 +140,7 @@ SHAPES = {
 def conv_cases() -> list[tuple[str, str, str, torch.dtype, str]]:
     """Every tile of every target in every mode; what differs little in one mode of each tile."""
     cases = []
-    for target, tile, mode in itertools.product(TARGETS, choice.CONV_TILES, ABSENT):
+    for target, tile, mode in itertools.product(TARGETS, tiles.CONV_TILES, ABSENT):
         for dtype, shape in itertools.product(DTYPES, SHAPES):
             prologue = mode == "training with prologue"
             if not choice.tile_fits(tile, dtype, prologue, target):
@@ -154,7 +170,7 @@ ONCE = {
 def test_convolution(
     target: str, tile: str, mode: str, dtype: torch.dtype, shape: str, tmp_path: Path
 ) -> None:
-    config = choice.conv_tile(tile, target)
+    config = tiles.conv_tile(tile, target)
     size, stride, even, wide = SHAPES[shape]
     constants = {
         **dict.fromkeys(ABSENT[mode]),
@@ -167,6 +183,7 @@ def test_convolution(
         "IN_EPS": 1e-5,
         "EPS": 1e-5,
         "RELU": mode == "inference",
+        "LINES": False,
         "EVEN_DEPTH": even,
         "WIDE": wide,
         "BLOCK_ROWS": config.block_rows,
@@ -182,6 +199,171 @@ def test_convolution(
         config.num_warps,
         config.num_stages,
         ["input", "weight", "output", "residual"],
+    )
+    assert_good_code(compiled, target, True, tmp_path)
+
+
+def stem_cases() -> list[tuple[str, str, str, torch.dtype, int]]:
+    """The stems of both kinds of images, without a prologue."""
+    cases = []
+    for target, tile, mode in itertools.product(TARGETS, tiles.STEM_TILES, list(ABSENT)[:2]):
+        for dtype, size in itertools.product(DTYPES, (7, 3)):
+            if choice.has_tensor_cores(target, PRECISION[dtype]):
+                usual = (mode, dtype, size) == ("training", torch.bfloat16, 7)
+                marks = [] if usual else [pytest.mark.every_configuration]
+                cases.append(pytest.param(target, tile, mode, dtype, size, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("target", "tile", "mode", "dtype", "size"), stem_cases(), ids=str)
+def test_stem(
+    target: str, tile: str, mode: str, dtype: torch.dtype, size: int, tmp_path: Path
+) -> None:
+    config = tiles.tile_of_8_warps(tile, target)
+    constants = {
+        **dict.fromkeys(ABSENT[mode]),
+        **dict.fromkeys(("KERNEL_H", "KERNEL_W"), size),
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W"), 2 if size == 7 else 1),
+        **dict.fromkeys(("PADDING_H", "PADDING_W"), size // 2),
+        "IN_EPS": 1e-5,
+        "EPS": 1e-5,
+        "RELU": mode == "inference",
+        "LINES": True,
+        "EVEN_DEPTH": False,
+        "WIDE": False,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_DEPTH": 32 if size == 7 else 16,
+        "GROUP_ROWS": conv.GROUP_ROWS,
+    }
+    compiled = compile_for(
+        conv.conv_fwd_kernel,
+        target,
+        dtype,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        ["input", "weight", "output", "residual"],
+        odd=["in_channels"],
+    )
+    assert_good_code(compiled, target, True, tmp_path)
+
+
+def pointwise_cases() -> list[tuple[str, str, torch.dtype, bool]]:
+    """Every tile in every mode by TMA, which sm_90 alone has here."""
+    cases = []
+    for tile, mode in itertools.product(tiles.CONV_TILES, ABSENT):
+        for dtype, wide in itertools.product(DTYPES[:2], (False, True)):
+            usual = (mode, dtype, wide) == ("training with prologue", torch.bfloat16, False)
+            marks = [] if usual else [pytest.mark.every_configuration]
+            cases.append(pytest.param(tile, mode, dtype, wide, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("tile", "mode", "dtype", "wide"), pointwise_cases(), ids=str)
+def test_pointwise_convolution_by_tma(
+    tile: str, mode: str, dtype: torch.dtype, wide: bool, tmp_path: Path
+) -> None:
+    config = tiles.conv_tile(tile, "sm_90")
+    depth = config.block_depth(dtype)
+    constants = {
+        **dict.fromkeys(ABSENT[mode]),
+        "IN_EPS": 1e-5,
+        "EPS": 1e-5,
+        "RELU": mode == "inference",
+        "WIDE": wide,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_DEPTH": depth,
+        "GROUP_ROWS": conv.GROUP_ROWS,
+    }
+    compiled = compile_for(
+        conv_1x1.conv_1x1_fwd_kernel,
+        "sm_90",
+        dtype,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        ["output", "residual"],
+        {"input": (config.block_rows, depth), "weight": (config.block_columns, depth)},
+    )
+    assert_good_code(compiled, "sm_90", True, tmp_path)
+    assert re.search(r"\bUTMALDG\b", machine_code(compiled, "sm_90", tmp_path)[0])
+
+
+STATISTICS = ["z", "mean", "dmean", "dvar"]
+# Of each mode what is absent, and the shapes that it has.
+GRADIENT_MODES = {
+    "plain": ([*STATISTICS, *PROLOGUE], ["3x3", "1x1", "3x3 stride 2", "1x1 stride 2"]),
+    "prologue": (STATISTICS, list(SHAPES)),
+    "apply": ([], ["1x1", "1x1 stride 2"]),
+}
+GRADIENT_KERNELS = {
+    "dgrad": conv_gradients.conv_dgrad_kernel,
+    "wgrad": conv_gradients.conv_wgrad_kernel,
+}
+
+
+def gradient_cases() -> list[tuple[str, str, str, str, torch.dtype, str]]:
+    """Every tile of every target in every mode, of the 16-bit types bfloat16; see conv_cases."""
+    cases = []
+    for target, kernel in itertools.product(TARGETS, GRADIENT_KERNELS):
+        for tile, mode in itertools.product(tiles.GRADIENT_TILES, GRADIENT_MODES):
+            for dtype, shape in itertools.product(DTYPES, GRADIENT_MODES[mode][1]):
+                if not choice.has_tensor_cores(target, PRECISION[dtype]):
+                    continue
+                half = dtype == torch.float16
+                rare = shape in ("ragged depth", "wide offsets")
+                if (half and (mode, shape) != ("prologue", "3x3")) or (
+                    rare and dtype == torch.float32
+                ):
+                    continue
+                # What is usual is compiled for each tile in one mode, the fullest for the largest.
+                usual = (mode, dtype, shape) == ("prologue", torch.bfloat16, "3x3") or (
+                    (mode, tile, shape) == ("apply", "square", "1x1")
+                )
+                marks = [] if usual else [pytest.mark.every_configuration]
+                cases.append(pytest.param(target, kernel, tile, mode, dtype, shape, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "tile", "mode", "dtype", "shape"), gradient_cases(), ids=str
+)
+def test_gradient(
+    target: str, kernel: str, tile: str, mode: str, dtype: torch.dtype, shape: str, tmp_path: Path
+) -> None:
+    config = tiles.tile_of_8_warps(tile, target)
+    size, stride, even, wide = SHAPES[shape]
+    absent = [*GRADIENT_MODES[mode][0]]
+    if kernel == "dgrad" and mode == "plain":
+        absent += ["input", "part_g", "part_gz"]
+    constants = {
+        **dict.fromkeys(absent),
+        "KERNEL_H": size,
+        "KERNEL_W": size,
+        "STRIDE_H": stride,
+        "STRIDE_W": stride,
+        "PADDING_H": size // 2,
+        "PADDING_W": size // 2,
+        "IN_EPS": 1e-5,
+        "EVEN_DEPTH": even,
+        "WIDE": wide,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_DEPTH": config.block_depth(dtype),
+        "GROUP_ROWS": conv.GROUP_ROWS,
+    }
+    function = GRADIENT_KERNELS[kernel]
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    compiled = compile_for(
+        function,
+        target,
+        dtype,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        ["dz", "z", "weight", "dinput", "input"],
     )
     assert_good_code(compiled, target, True, tmp_path)
 
@@ -226,6 +408,13 @@ ELEMENTWISE = {
         },
     ),
     "conv_stats_backward": (conv_backward.conv_stats_bwd_kernel, 8, 4096, [], {}),
+    "sum_parts": (
+        conv_gradients.sum_parts_kernel,
+        4,
+        0,
+        [],
+        {"BLOCK_PARTS": conv_gradients.SUM_BLOCK_PARTS, "BLOCK": conv_gradients.SUM_BLOCK},
+    ),
     "max_pool2d": (max_pool2d.max_pool2d_fwd_kernel, 8, 2048, ["taps"], STEM_POOL),
     "max_pool2d_taps": (max_pool2d.max_pool2d_fwd_kernel, 8, 2048, ["output"], STEM_POOL),
     "max_pool2d_backward": (max_pool2d.max_pool2d_bwd_kernel, 8, 2048, [], STEM_POOL),

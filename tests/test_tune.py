@@ -8,6 +8,8 @@ import torch
 
 from fastres import tune
 from fastres.cli import main
+from fastres.kernels import _estimate as estimate
+from fastres.kernels import _tiles as tiles
 from fastres.kernels import choice
 from fastres.kernels.choice import ConvKey
 
@@ -18,6 +20,7 @@ FIRST = ConvKey.parse(
 )
 SECOND = FIRST._replace(op="bn_conv_stats", c_out=256, kernel=(1, 1), padding=(0, 0))
 THIRD = FIRST._replace(op="conv_bn_add_relu", n=3)
+BACKWARD = SECOND._replace(op="bn_conv_stats_backward")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,8 @@ class TestKeys:
         assert str(keys[0]) == (
             "conv_stats 16-bit input 4x3x32x32 weight 64x3x3x3 stride 1x1 padding 1x1"
         )
-        assert {key.op for key in keys} == {"conv_stats", "bn_conv_stats"}
+        assert {key.op for key in keys[::2]} == {"conv_stats", "bn_conv_stats"}
+        assert keys[1::2] == [key._replace(op=f"{key.op}_backward") for key in keys[::2]]
         keys = tune.conv_keys("resnet50", 224, 1, False, BF16)
         assert {key.op for key in keys} == {"conv_bn_relu", "conv_bn_add_relu", "conv_bn"}
         assert len(keys) == len(set(keys)) < 53
@@ -80,9 +84,38 @@ class TestCandidates:
         assert choice.candidates(linear, BF16, "sm_80")[-1] == "cudnn"
         assert choice.candidates(FIRST, BF16, "gfx942")[-1] == "cudnn"
 
+    def test_by_tma(self) -> None:
+        key = SECOND._replace(op="conv_stats")
+        names = [f"tma:{tile}" for tile in tiles.CONV_TILES]
+        assert set(names) <= set(choice.candidates(key, BF16, "sm_90"))
+        tf32 = key._replace(precision="tf32")
+        for other in (FIRST, key._replace(stride=(2, 2)), key._replace(padding=(1, 1)), tf32):
+            assert not set(names) & set(choice.candidates(other, BF16, "sm_90"))
+        for target in ("sm_80", "gfx942"):
+            assert not set(names) & set(choice.candidates(key, BF16, target))
+        # A candidate that nobody has measured is not the choice.
+        assert choice.default_choice(key, BF16, "sm_90", 132).startswith("triton")
+
+    def test_of_the_backward(self) -> None:
+        names = choice.candidates(BACKWARD, BF16, "sm_90")
+        assert names == list(tiles.GRADIENTS)
+        assert names[-1] == "cudnn"
+        # With nine taps dz and z would be joined nine times.
+        small = choice.candidates(BACKWARD._replace(kernel=(3, 3), padding=(1, 1)), BF16, "sm_90")
+        assert small == [name for name in names if not name.startswith("triton_apply")]
+        for other in (BACKWARD._replace(c_in=3), BACKWARD._replace(n=0)):
+            assert choice.candidates(other, BF16, "sm_90") == ["cudnn"]
+        exact = BACKWARD._replace(precision="fp32")
+        assert choice.candidates(exact, torch.float32, "sm_90") == ["cudnn"]
+
     def test_without_tensor_cores_for_it(self) -> None:
         stem = FIRST._replace(c_in=3)
-        assert choice.candidates(stem, BF16, "sm_90") == ["cudnn", "cudnn_relu"]
+        ours = ["triton:tall", "triton:small"]
+        assert choice.candidates(stem, BF16, "sm_90") == ["cudnn", "cudnn_relu", *ours]
+        assert choice.default_choice(stem, BF16, "sm_90", 132) == "cudnn"
+        assert choice.default_choice(stem, BF16, "sm_90", 132, ours=True) in ours
+        for other in (stem._replace(c_in=40), stem._replace(op="bn_conv_stats")):
+            assert choice.candidates(other, BF16, "sm_90")[-1].startswith("cudnn")
         exact = FIRST._replace(precision="fp32")
         assert choice.candidates(exact, torch.float32, "sm_90") == ["cudnn", "cudnn_relu"]
         for target in ("sm_75", "gfx1100"):
@@ -102,6 +135,44 @@ class TestTables:
         assert choice.default_choice(large, BF16, "sm_90", 132) == "triton:wide"
         assert choice.default_choice(large, BF16, "sm_80", 108) == "triton:square"
         assert self.explain() == ("triton:tall", "no table has this shape")
+
+    def test_the_default_of_the_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def default(key: ConvKey, target: str = "sm_90", **ours: bool) -> str:
+            return choice.default_choice(key, BF16, target, 132, **ours)
+
+        # Bound by bytes: what is not moved twice. Bound by FLOPs: cuDNN.
+        assert default(BACKWARD) == "triton_apply:tall+tall"
+        wide = BACKWARD._replace(c_in=2048, c_out=512, height=7, width=7)
+        assert default(wide) == "cudnn"
+        assert default(wide, ours=True).startswith("triton")
+        taps = BACKWARD._replace(kernel=(3, 3), padding=(1, 1))
+        assert default(taps) == "cudnn"
+        assert default(taps, ours=True) == "triton:tall+tall"
+        # Of a card whose ceilings nobody has said nothing is estimated.
+        assert default(BACKWARD, "sm_120") == "cudnn"
+        assert default(BACKWARD, "sm_120", ours=True) == "triton:tall+tall"
+        monkeypatch.setenv("FASTRES_GPU_CONV", "triton")
+        assert self.explain(wide)[0].startswith("triton")
+
+    def test_the_estimate_of_the_backward(self) -> None:
+        """By hand, in elements moved, for a card whose FLOPs cost nothing."""
+        z, x = 8 * 56 * 56 * 256, 8 * 56 * 56 * 64
+
+        def time_of(name: str, key: ConvKey = BACKWARD, ridge: float = 1e9) -> float:
+            return estimate.backward_estimate(key, tiles.GRADIENTS[name], ridge)
+
+        # The apply pass; both products; the passes that mask and that make the activation.
+        assert time_of("cudnn") == 3 * z + 2 * (z + x) + 3 * x + 2 * x
+        assert time_of("triton:tall+tall") == 3 * z + (z + 2 * x) + (z + x)
+        assert time_of("triton_apply:tall+tall") == (2 * z + 2 * x) + (2 * z + x)
+        assert time_of("dgrad:tall") == 3 * z + (z + 2 * x) + (z + x) + 2 * x
+        assert time_of("wgrad:tall") == 3 * z + (z + x) + 3 * x + (z + x)
+        # FLOPs that bind, and tiles that come through L2.
+        assert time_of("cudnn", ridge=1e-3) == 3 * z + 5 * x + 2 * (2 * 64 * z / 1e-3)
+        nine = BACKWARD._replace(kernel=(3, 3), padding=(1, 1))
+        loaded = 9 * 64 * z * (1 / 64 + 1 / 64)
+        expected = 3 * z + 2 * loaded / estimate.L2_SPEED
+        assert time_of("triton:small+small", nine) == expected
 
     def test_the_first_that_has_the_shape_decides(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,11 +285,11 @@ class TestTuning:
         assert [key for key, _ in asked] == keys
         table = choice.read_table(path)
         assert (table.target, table.measured) == ("sm_90", True)
-        assert table.choices[keys[0]] == "cudnn"  # the stem, which Triton's kernel does not take
-        assert {table.choices[key] for key in keys[1:]} == {"triton:small"}
+        assert {table.choices[key] for key in keys} == {"triton:small"}
         content = json.loads(path.read_text())
         assert content["device"] == "A Card"
-        assert content["seconds"][str(keys[0])] == {"cudnn": 0.002, "cudnn_relu": 0.003}
+        stem = {"triton:small": 0.001, "cudnn": 0.002, "cudnn_relu": 0.003, "triton:tall": 1.0}
+        assert content["seconds"][str(keys[0])] == stem
         # Another size is added, and the same one anew replaces its own.
         more = tune.TuneConfig(model=("resnet18",), size=32, infer=(2, 4), train=())
         tune.tune(more, lambda run: 1.0 if run() == "cudnn" else 2.0)

@@ -40,7 +40,7 @@ class Memory:
         return tensor
 
     def note(self, pointers: np.ndarray, mask: np.ndarray) -> None:
-        addresses = pointers[mask.astype(bool)]
+        addresses = pointers[np.asarray(mask).astype(bool)]
         if not addresses.size:
             return
         low, high = int(addresses.min()), int(addresses.max())
@@ -131,13 +131,21 @@ def test_max_pool2d() -> None:
     kernels.max_pool2d_backward(x, x, *geometry, *[None] * 4, EPS)
 
 
-@pytest.mark.parametrize("tile", ["square", "tall"])
-def test_1x1_convolution(tile: str) -> None:
+@pytest.mark.parametrize("choice", ["triton:square", "triton:tall", "tma:square", "tma:tall"])
+def test_1x1_convolution(choice: str) -> None:
     x = activation()
     weight = torch.empty(64, 64, 1, 1, dtype=torch.float16)
-    choice = f"triton:{tile}"
     kernels.conv_stats(x, weight, *vectors(4), EPS, *GEOMETRY, choice)
     kernels.conv_bn_relu(x, weight, None, *vectors(4), EPS, x, *GEOMETRY, True, None, choice)
+
+
+@pytest.mark.parametrize("choice", ["triton_apply:square+square", "triton:tall+small"])
+def test_gradients_of_a_1x1_convolution(choice: str) -> None:
+    z = activation()
+    weight = torch.empty(64, 64, 1, 1, dtype=torch.float16)
+    statistics, before = vectors(3), vectors(4)
+    call = (z, *statistics[:2], z, weight, z, statistics[2], *before, EPS, *GEOMETRY)
+    kernels.conv_stats_backward(*call, True, True, choice)
 
 
 def test_3x3_convolution_of_a_small_output() -> None:
@@ -146,3 +154,13 @@ def test_3x3_convolution_of_a_small_output() -> None:
     weight = torch.empty(16, 64, 3, 3, dtype=torch.float16)
     geometry = ([3, 3], [1, 1], [1, 1], 1)
     kernels.conv_stats(x, weight, *[None] * 4, EPS, *geometry, "triton:small")
+
+
+def test_gradients_of_a_3x3_convolution_of_a_small_output() -> None:
+    x = torch.empty(33, 64, 1009, 1009, dtype=torch.float16, memory_format=torch.channels_last)
+    weight = torch.empty(16, 64, 3, 3, dtype=torch.float16)
+    z = torch.empty(33, 16, 337, 337, dtype=torch.float16, memory_format=torch.channels_last)
+    geometry = ([3, 3], [1, 1], [1, 1], 1)
+    statistics = [torch.empty(16) for _ in range(3)]
+    call = (z, *statistics[:2], x, weight, z, statistics[2], *[None] * 4, EPS, *geometry)
+    kernels.conv_stats_backward(*call, True, True, "triton:small+small")

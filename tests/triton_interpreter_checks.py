@@ -20,8 +20,11 @@ from fastres import kernels, tune
 GUARD = 4096
 EPS = 1e-5
 choice = importlib.import_module("fastres.kernels.choice")
-launch_module = importlib.import_module("fastres.kernels._launch")
+tiles = importlib.import_module("fastres.kernels._tiles")
 conv_module = importlib.import_module("fastres.kernels.conv")
+launch_module = importlib.import_module("fastres.kernels._launch")
+backward_module = importlib.import_module("fastres.kernels.conv_backward")
+gradients_module = importlib.import_module("fastres.kernels.conv_gradients")
 stats_module = importlib.import_module("fastres.kernels.channel_stats")
 
 # Relative to the largest element of the exact result.
@@ -309,11 +312,13 @@ CONVOLUTIONS = {
     "uneven": (2, 32, 9, 12, 48, (3, 2), [2, 1], [0, 1], [1, 1], 1),
     "many rows": (1, 16, 24, 25, 80, (1, 1), [1, 1], [0, 0], [1, 1], 1),
     "stem": (2, 3, 17, 17, 64, (7, 7), [2, 2], [3, 3], [1, 1], 1),
+    "small stem": (2, 3, 6, 5, 16, (3, 3), [1, 1], [1, 1], [1, 1], 1),
     "groups": (2, 32, 6, 6, 64, (3, 3), [1, 1], [1, 1], [1, 1], 4),
     "dilation": (2, 32, 9, 9, 32, (3, 3), [1, 1], [2, 2], [2, 2], 1),
     "ragged channels": (2, 20, 6, 6, 36, (3, 3), [1, 1], [1, 1], [1, 1], 1),
 }
-BY_ATEN = {"stem", "groups", "dilation", "ragged channels"}
+STEMS = {"stem", "small stem"}
+BY_ATEN = {"groups", "dilation", "ragged channels"}
 CONVOLUTION_CASES = [(name, torch.float32) for name in CONVOLUTIONS]
 CONVOLUTION_CASES += [(name, torch.float16) for name in ("3x3 odd", "1x1 stride 2", "stem")]
 CONVOLUTION_CASES += [(name, torch.float64) for name in ("3x3 odd", "groups")]
@@ -352,7 +357,8 @@ def test_inference_conv_bn_relu(name: str, dtype: torch.dtype) -> None:
 
 
 # Ten row blocks of two columns: a whole group of rows and a short one.
-TILE_CASES = [("1x1", tile) for tile in choice.CONV_TILES] + [("many rows", "small")]
+TILE_CASES = [("1x1", tile) for tile in tiles.CONV_TILES] + [("many rows", "small")]
+TILE_CASES += [("stem", tile) for tile in tiles.STEM_TILES]
 
 
 @pytest.mark.parametrize(("name", "tile"), TILE_CASES)
@@ -415,7 +421,77 @@ def test_training_conv_stats(name: str, dtype: torch.dtype, prologue: bool) -> N
     check_conv_stats(name, dtype, prologue)
 
 
-@pytest.mark.parametrize("tile", choice.CONV_TILES)
+GRADIENT_CASES = [
+    ("3x3", "triton:tall+square", torch.float16, True),
+    ("3x3 stride 2", "triton:square+tall", torch.float32, True),
+    ("3x3 odd", "triton:small+small", torch.float32, True),
+    ("3x3 odd", "dgrad:small", torch.float32, True),
+    ("3x3 odd", "wgrad:tall", torch.float32, True),
+    ("1x1", "triton_apply:square+square", torch.float32, True),
+    ("1x1", "triton:tall+tall", torch.float16, False),
+    ("1x1 stride 2", "triton_apply:small+small", torch.float32, True),
+    ("1x1 stride 2", "dgrad:tall", torch.float32, False),
+    ("1x1 stride 2", "wgrad:small", torch.float16, True),
+    ("1x1 padded", "triton_apply:small+small", torch.float32, True),
+    ("1x1 pixel", "triton_apply:tall+small", torch.float16, True),
+    ("7x7 stride 2", "triton:small+small", torch.float32, False),
+    ("uneven", "triton:small+small", torch.float32, True),
+    ("many rows", "triton_apply:small+small", torch.float32, True),
+]
+
+
+@pytest.mark.parametrize(("name", "backward", "dtype", "prologue"), GRADIENT_CASES, ids=str)
+def test_training_gradients(
+    name: str, backward: str, dtype: torch.dtype, prologue: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: "cudnn")
+    monkeypatch.setattr(backward_module, "choose_conv", lambda *args: backward)
+    # Five splits of the weight gradient's depth, and sums of partial sums.
+    monkeypatch.setattr(gradients_module, "weight_splits", lambda tiles, steps, enough: 5)
+    monkeypatch.setattr(gradients_module, "MAX_PARTIALS", 2)
+    check_conv_stats(name, dtype, prologue)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "dtype"),
+    [
+        ("1x1", "square", torch.float16),
+        ("1x1", "wide", torch.float32),
+        ("1x1 pixel", "tall", torch.float16),
+        ("many rows", "small", torch.float32),
+    ],
+    ids=str,
+)
+def test_launch_by_tma(
+    name: str, tile: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one or two programs, which take all tiles in turn; with and without the prologue."""
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: f"tma:{tile}")
+    monkeypatch.setattr(backward_module, "choose_conv", lambda *args: "cudnn")
+    check_conv_bn_relu(name, dtype, True, True, True)
+    check_conv_stats(name, dtype, True)
+    check_conv_stats(name, dtype, False)
+
+
+def test_launch_by_tma_from_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: "tma:small")
+    x = torch.randn(801)[1:].view(2, 5, 5, 16).permute(0, 3, 1, 2)
+    assert x.data_ptr() % 16
+    weight = torch.randn(32, 16, 1, 1)
+    z, _, _ = kernels.conv_stats(x, weight, *[None] * 4, EPS, [1, 1], [0, 0], [1, 1], 1)
+    assert_close(z, F.conv2d(x.double(), weight.double()), 5e-6)
+
+
+@pytest.mark.parametrize("name", ["stem", "small stem"])
+def test_training_stem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of the kernel is one tap: padding to its left and right is within the tap."""
+    monkeypatch.setattr(conv_module, "choose_conv", lambda *args: "triton:tall")
+    monkeypatch.setattr(backward_module, "choose_conv", lambda *args: "cudnn")
+    check_conv_stats(name, torch.float32, False)
+    check_conv_stats(name, torch.float16, False)
+
+
+@pytest.mark.parametrize("tile", tiles.CONV_TILES)
 @pytest.mark.parametrize("name", ["3x3 odd"])
 def test_training_tiles(name: str, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_module, "choose_conv", lambda *args: f"triton:{tile}")
@@ -423,10 +499,13 @@ def test_training_tiles(name: str, tile: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_training_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("conv", "conv_backward", "bn_add_relu", "channel_stats"):
+    monkeypatch.setenv("FASTRES_GPU_CONV", "triton")
+    names = ("conv", "conv_backward", "conv_gradients", "bn_add_relu", "channel_stats")
+    for module in names:
         module = importlib.import_module(f"fastres.kernels.{module}")
         monkeypatch.setattr(module, "is_wide", lambda tensor: True)
     check_conv_stats("3x3 odd", torch.float32, True)
+    check_conv_stats("1x1 stride 2", torch.float32, True)
     check_conv_stats("stem", torch.float32, True)
 
 
@@ -461,11 +540,16 @@ def test_training_gradients_not_asked_for(needs: tuple[bool, bool], prologue: bo
     assert len({id(gradient) for gradient in some}) == len(some)
 
 
-def test_training_is_deterministic() -> None:
+def test_training_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, options, _ = conv_inputs("many rows", torch.float32)
-    first = kernels.conv_stats(x, weight, *[None] * 4, EPS, *options)
-    second = kernels.conv_stats(x, weight, *[None] * 4, EPS, *options)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    monkeypatch.setattr(gradients_module, "weight_splits", lambda tiles, steps, enough: 5)
+
+    def step() -> list[Tensor]:
+        z, mean, var = kernels.conv_stats(x, weight, *[None] * 4, EPS, *options)
+        call = (z, mean, var, x, weight, z, mean, *[None] * 4, EPS, *options, True, True)
+        return [z, mean, var, *kernels.conv_stats_backward(*call, "triton:small+small")]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -475,9 +559,18 @@ def test_launch_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for op in choice.OPS:
         for asked in ("auto", "triton", "cudnn"):
             monkeypatch.setenv("FASTRES_GPU_CONV", asked)
-            who, _, tile = kernels.choose_conv(x, weight, *options, op).partition(":")
-            assert who == ("cudnn" if name in BY_ATEN or asked == "cudnn" else "triton")
-            assert (tile in choice.CONV_TILES) == (who == "triton")
+            chosen = kernels.choose_conv(x, weight, *options, op)
+            who, _, tile = chosen.partition(":")
+            if op in choice.BACKWARD_OPS:
+                how = tiles.GRADIENTS[chosen]
+                ours = how.dgrad is not None and how.wgrad is not None
+                never = name in BY_ATEN | STEMS or asked == "cudnn"
+                assert not (ours and never)
+                assert ours or never or asked == "auto"
+                continue
+            stem = name in STEMS and (asked == "auto" or op == "bn_conv_stats")
+            assert who == ("cudnn" if name in BY_ATEN or asked == "cudnn" or stem else "triton")
+            assert (tile in tiles.CONV_TILES) == (who == "triton")
     monkeypatch.setenv("FASTRES_GPU_CONV", "fastest")
     with pytest.raises(ValueError, match="FASTRES_GPU_CONV is 'fastest'"):
         kernels.choose_conv(x, weight, *options, "conv_stats")
@@ -567,6 +660,24 @@ def test_launch_tuning_admits_right_answers_alone(
     assert admitted() == ["triton:small", "cudnn"]
     for run in tune.contestants(key, torch.float32, device, names).values():
         run()
+
+
+def test_launch_tuning_of_the_backward(monkeypatch: pytest.MonkeyPatch, guards: Guards) -> None:
+    guards.may_hold_nan = True
+    key = choice.ConvKey.parse(
+        "bn_conv_stats_backward tf32 input 2x16x6x6 weight 16x16x1x1 stride 2x2 padding 0x0"
+    )
+    names = ["triton_apply:small+small", "dgrad:small", "wgrad:small", "cudnn"]
+
+    def admitted() -> list[str]:
+        return list(tune.contestants(key, torch.float32, torch.device("cpu"), names))
+
+    assert admitted() == names
+    right = gradients_module.weight_gradient
+    monkeypatch.setattr(backward_module, "weight_gradient", lambda *a: right(*a) * 1.001)
+    assert admitted() == ["dgrad:small", "cudnn"]
+    monkeypatch.setattr(backward_module, "weight_gradient", lambda *a: right(*a).nan_to_num())
+    assert admitted() == ["dgrad:small", "cudnn"]
 
 
 def test_launch_without_tf32_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
