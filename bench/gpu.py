@@ -4,23 +4,28 @@
     python bench/gpu.py --minutes 20 --rivals compile
 
 Runs the tests marked gpu, then compare.py's gpu-train, gpu-infer, memory and ops, then fastres's
-models kernel by kernel beside what each needs at the ceilings measured in this run (roofline.py).
-A step that is out of time is interrupted and keeps the cases that are complete; what it does not
-use, the next ones have. The table at the end is short: figures beside their targets, and the
-kernels with the most to gain.
+models kernel by kernel beside what each needs at the ceilings measured in this run (roofline.py),
+and in what time is left every candidate of ResNet-50's convolutions, forward and backward, beside
+the one that the tables choose (`fastres tune` measures them all and keeps the fastest). A step
+that is out of time is interrupted and keeps the cases that are complete; what it does not use, the
+next ones have. The table at the end is short: figures beside their targets, the kernels with the
+most to gain, and where another candidate is faster than the chosen one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +43,13 @@ from table import in_units
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import ModelCase, cifar
 
+from fastres import tune
+from fastres.kernels import choice
+from fastres.kernels.choice import ConvKey
+
 AMP = torch.bfloat16
 # Of the whole time, what each step may take before those after it get less.
-SHARES = {"tests": 0.2, "gpu-train": 0.28, "gpu-infer": 0.24, "memory": 0.08, "ops": 0.12}
+SHARES = {"tests": 0.2, "gpu-train": 0.26, "gpu-infer": 0.2, "memory": 0.07, "ops": 0.1}
 # The case and whether it is a training step; the whole models that are looked at by kernel.
 DISTANCE_CASES = (
     (ModelCase("resnet50", 224, 256), True),
@@ -94,10 +103,32 @@ def run_step(command: Sequence[str], limit: float, grace: float = 20.0) -> Ended
 
 
 def counts_of(output: str) -> dict[str, int]:
-    """How many tests passed, failed and so on, from the last line of pytest's output."""
-    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    found = re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1]) if lines else []
-    return {name.rstrip("s") if name == "errors" else name: int(count) for count, name in found}
+    """How many tests passed, failed and so on, from the last lines of pytest's outputs."""
+    found: Counter[str] = Counter()
+    for line in output.splitlines():
+        if re.search(r"\d+ (passed|failed|errors?|skipped).* in [\d.]+s", line):
+            for count, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", line):
+                found["error" if name == "errors" else name] += int(count)
+    return dict(found)
+
+
+def run_tests(limit: float) -> Ended:
+    """The tests marked gpu, in processes side by side: most of their time compiles kernels.
+
+    Returns:
+        The sum: the first code that is not 0, the longest time, and the outputs one after another.
+    """
+    count = max(1, min(8, (os.cpu_count() or 1) // 2))
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    commands = [[*pytest, f"--part={part}/{count}"] for part in range(1, count + 1)]
+    with ThreadPoolExecutor(count) as pool:
+        ended = list(pool.map(lambda command: run_step(command, limit), commands))
+    return Ended(
+        next((one.code for one in ended if one.code), 0),
+        any(one.interrupted for one in ended),
+        max(one.seconds for one in ended),
+        "\n".join(one.output for one in ended),
+    )
 
 
 # Distances
@@ -202,6 +233,39 @@ def distance_record(
     }
 
 
+# Candidates
+
+
+def candidate_record(key: ConvKey, timer: Callable[[Callable[[], object]], float]) -> Any:
+    """The seconds of everything that computes a convolution rightly, and what is chosen.
+
+    Returns:
+        "seconds" by candidate, the fastest first; "chosen" and "why" of the tables, "fastest", and
+        "gain": the chosen one's time over the fastest one's (None where it was not right).
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    names = choice.candidates(key, AMP, choice.target_of(device))
+    runs = tune.contestants(key, AMP, device, names)
+    seconds = tune.fastest([key], lambda key: runs, timer)[key]
+    chosen, why = choice.explain(key, AMP, device)
+    fastest = next(iter(seconds))
+    return {
+        "suite": "gpu-candidates",
+        "case": str(key),
+        "seconds": seconds,
+        "chosen": chosen,
+        "why": why,
+        "fastest": fastest,
+        "gain": seconds[chosen] / seconds[fastest] if chosen in seconds else None,
+    }
+
+
+def keys_by_size(model: str = "resnet50", size: int = 224, n: int = 256) -> list[ConvKey]:
+    """A model's training convolutions and their backwards, the largest tensors first."""
+    keys = tune.conv_keys(model, size, n, True, AMP)
+    return sorted(keys, key=lambda key: -key.rows * key.c_out)
+
+
 # The end
 
 
@@ -241,6 +305,10 @@ def show(records: Sequence[Mapping[str, Any]], missing: Sequence[str], console: 
             for line in record["kernels"][:3]:
                 over = f"{in_units(line['excess'])} over, {line['distance']:.1f} x"
                 table.add_row("", f"  {line['op']}, {line['shape']}", over, "", "")
+        if record["suite"] == "gpu-candidates" and record["chosen"] != record["fastest"]:
+            gain = "wrong" if record["gain"] is None else f"{record['gain']:.2f} x"
+            figure = f"{record['chosen']}: {gain} {record['fastest']}"
+            table.add_row("candidates", record["case"], figure, "", "")
     console.print(table)
     for name in missing:
         console.print(f"out of time: {name} is not complete")
@@ -285,12 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "records.json"
             if name == "tests":
-                command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+                step = run_tests(limit)
             else:
                 command = [sys.executable, "bench/compare.py", name, "--json", str(path)]
                 command += ["--quick"] if options.quick else ["--rounds", "5"]
                 command += ["--rivals", options.rivals] if options.rivals else []
-            step = run_step(command, limit)
+                step = run_step(command, limit)
             used += step.seconds
             console.print(step.output, markup=False)
             if name == "tests":
@@ -311,7 +379,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records.append({**distance_record(case, training, ceilings, "cuda"), **around})
         write_json(records, options.json)
         torch.cuda.empty_cache()
+    keys = keys_by_size("resnet18", 32, 2) if options.quick else keys_by_size()
+    timed = 0
+    for key in keys:
+        if time.monotonic() > end:
+            break
+        records.append({**candidate_record(key, tune.median_seconds), **around})
+        timed += 1
+        write_json(records, options.json)
+        torch.cuda.empty_cache()
     show(records, missing, console)
+    console.print(f"candidates of {timed} of {len(keys)} convolutions; `fastres tune` times all")
     console.print(f"wrote {len(records)} records to {options.json}")
     tests = next(record for record in records if record["suite"] == "gpu-tests")
     wrong = [record for record in records if record.get("fastres", "") is None]

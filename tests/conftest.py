@@ -21,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compile Triton's kernels in every combination that ships (20 minutes)",
     )
     parser.addoption(
+        "--part",
+        metavar="I/N",
+        help="every N-th test alone, from the I-th on: N processes run all of them",
+    )
+    parser.addoption(
         "--write-matrix",
         type=Path,
         metavar="PAGE",
@@ -42,6 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rest = [item for item in items if item.get_closest_marker("every_configuration")]
         config.hook.pytest_deselected(items=rest)
         items[:] = [item for item in items if not item.get_closest_marker("every_configuration")]
+    if part := config.getoption("--part"):
+        first, step = (int(number) for number in part.split("/"))
+        chosen = items[first - 1 :: step]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")

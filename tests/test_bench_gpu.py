@@ -1,8 +1,11 @@
 """The GPU's bench where there is none: its clockwork, its sums and its table."""
 
 import io
+import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +48,85 @@ def test_tests_are_counted():
         "skipped": 2,
     }
     assert gpu.counts_of("1 passed, 2 errors in 1s") == {"passed": 1, "error": 2}
+    parts = "1 failed, 2 passed in 1.00s\n...\n3 passed, 9 deselected in 2.00s (0:00:02)\n"
+    assert gpu.counts_of(parts) == {"failed": 1, "passed": 5}
     assert gpu.counts_of("nothing") == {}
+
+
+def test_tests_run_in_parts_side_by_side(monkeypatch):
+    commands = []
+
+    def run_step(command, limit):
+        commands.append(command)
+        part = int(command[-1].removeprefix("--part=").split("/")[0])
+        return gpu.Ended(part == 2, part == 3, float(part), f"{part} passed in 1s")
+
+    monkeypatch.setattr(gpu, "run_step", run_step)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 6)
+    ended = gpu.run_tests(5.0)
+    assert sorted(command[-1] for command in commands) == [f"--part={i}/3" for i in (1, 2, 3)]
+    assert (ended.code, ended.interrupted, ended.seconds) == (1, True, 3.0)
+    assert gpu.counts_of(ended.output) == {"passed": 6}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A test without markers."""
+
+    name: int
+
+    def get_closest_marker(self, name):
+        return None
+
+
+class Config:
+    """What conftest asks of pytest's configuration."""
+
+    def __init__(self, part):
+        self.part = part
+        self.deselected = []
+        self.hook = SimpleNamespace(pytest_deselected=self.deselect)
+
+    def getoption(self, name):
+        return {"--every-configuration": True, "--part": self.part}[name]
+
+    def deselect(self, items):
+        self.deselected += items
+
+
+def test_parts_are_all_tests_each_once():
+    conftest = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+    items = [Item(i) for i in range(7)]
+    chosen = []
+    for part in ("1/3", "2/3", "3/3"):
+        config, some = Config(part), list(items)
+        conftest["pytest_collection_modifyitems"](config, some)
+        assert {*some, *config.deselected} == {*items}
+        chosen += some
+    assert sorted(item.name for item in chosen) == list(range(7))
+
+
+def test_candidates_beside_what_is_chosen(monkeypatch):
+    keys = gpu.keys_by_size("resnet18", 32, 2)
+    assert {key.op for key in keys} >= {"conv_stats", "bn_conv_stats_backward"}
+    sizes = [key.rows * key.c_out for key in keys]
+    assert sizes == sorted(sizes, reverse=True)
+    key = next(key for key in keys if key.op == "bn_conv_stats_backward")
+    times = {"triton:small+small": 1.0, "cudnn": 2.0}
+    runs = {name: (lambda name=name: name) for name in times}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu.choice, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(gpu.choice, "explain", lambda *args: ("cudnn", "a test"))
+    monkeypatch.setattr(gpu.tune, "contestants", lambda key, dtype, device, names: runs)
+    record = gpu.candidate_record(key, lambda run: times[run()])
+    assert list(record["seconds"].items()) == [("triton:small+small", 1.0), ("cudnn", 2.0)]
+    assert (record["chosen"], record["fastest"], record["gain"]) == (
+        "cudnn",
+        "triton:small+small",
+        2.0,
+    )
+    del runs["cudnn"]
+    assert gpu.candidate_record(key, lambda run: times[run()])["gain"] is None
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -91,6 +172,8 @@ def test_figures_beside_their_targets():
     records += [
         record("gpu-tests", "tests", code=0, counts={"passed": 7}),
         record("gpu-distance", "a model", seconds=0.01, distance=2.0, kernels=[distance]),
+        record("gpu-candidates", "a key", chosen="cudnn", fastest="triton:tall", gain=1.25),
+        record("gpu-candidates", "another", chosen="cudnn", fastest="cudnn", gain=1.0),
     ]
     console = Console(width=130, record=True, file=io.StringIO())
     gpu.show(records, ["ops"], console)
@@ -101,8 +184,10 @@ def test_figures_beside_their_targets():
         "2.00 x the roofline",
         "2 ms over, 3.0 x",
         "out of time: ops",
+        "cudnn: 1.25 x triton:tall",
     ):
         assert part in text
+    assert "another" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
