@@ -1,17 +1,21 @@
 """fuse_model: other people's models, their answers, and all that is attached to them."""
 
 import copy
+import functools
 import io
 import pickle
 import re
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conditioning import well_conditioned
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -20,6 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import fastres
 from fastres import ops
+from recording import convolutions_of
 from tolerances import largest_error, relative_error
 
 
@@ -469,7 +474,30 @@ def test_blocks_that_others_wrote(kind):
     assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", [InPlace, Sum])
+class Out(Block):
+    """A function writes its result into what the convolution reads."""
+
+    def forward(self, x):
+        x = x * 1
+        z = self.body[0].c(x)
+        torch.mul(x, 2, out=x)
+        return self.last(self.body[0].n(z)) + x
+
+
+class Shortcut(Block):
+    """The shortcut begins with a ReLU in place, in a container that has no units."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Sequential(nn.ReLU(inplace=True), nn.AvgPool2d(1))
+
+    def forward(self, x):
+        x = x * 1
+        z = self.body[0].n(self.body[0].c(x))
+        return self.last(z + self.shortcut(x))
+
+
+@pytest.mark.parametrize("kind", [InPlace, Sum, Out, Shortcut])
 def test_what_changes_in_place_is_seen(kind):
     model, x = randomised(kind()).double().eval(), torch.randn(2, 8, 5, 6, dtype=torch.float64)
     with torch.no_grad():
@@ -502,6 +530,78 @@ class Counts(Unit):
         return super().forward(x)
 
 
+class Keywords(Unit):
+    def forward(self, x):
+        return self.a(self.n(input=self.c(input=x)))
+
+
+class ChangesInPlace(Unit):
+    def forward(self, x):
+        z = self.c(x.mul_(1))
+        x.mul_(1)
+        return self.n(z)
+
+
+class DiffersByLayer(Unit):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.0, self.n.training))
+
+
+class FrozenPart(Unit):
+    def forward(self, x):
+        with torch.no_grad():
+            x = super().forward(x)
+        return x + self.n.bias.view(-1, 1, 1)
+
+
+class WithoutAutocast(Unit):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class Checkpoints(Unit):
+    use_reentrant = False
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
+
+
+class CheckpointsReentrant(Checkpoints):
+    use_reentrant = True
+
+
+class Reversed(torch.autograd.Function):
+    """The gradient is turned."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
+class OwnFunction(Unit):
+    def forward(self, x):
+        return super().forward(Reversed.apply(x))
+
+
+class ReadsABuffer(Unit):
+    def forward(self, x):
+        return super().forward(x) * (2 if self.n.num_batches_tracked.item() else 1)
+
+
+class ReadsAnArray(Unit):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.factors = np.ones(3)
+
+    def forward(self, x):
+        return super().forward(x) * float(self.factors[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -510,6 +610,16 @@ class Counts(Unit):
         (Draws, "draws random numbers|can't be traced"),
         (Differs, "does different things in training and in evaluation"),
         (Counts, "sets the attribute 'calls'"),
+        (Keywords, "is called with other arguments than one tensor"),
+        (ChangesInPlace, "something is changed in place before its unit ends"),
+        (DiffersByLayer, "does different things in training and in evaluation"),
+        (FrozenPart, "switches gradients for a part of it"),
+        (WithoutAutocast, "switches autocast for a part of it"),
+        (Checkpoints, "switches what is kept for the backward for a part of it"),
+        (CheckpointsReentrant, "switches gradients for a part of it"),
+        (OwnFunction, "switches gradients for a part of it"),
+        (ReadsABuffer, "computes with a tensor that may be another one in the next call"),
+        (ReadsAnArray, "reads the attribute 'factors', a ndarray, of which not every change"),
     ],
 )
 def test_what_has_no_graph_is_left_with_the_reason(kind, reason):
@@ -520,7 +630,8 @@ def test_what_has_no_graph_is_left_with_the_reason(kind, reason):
     for layer in fused.fastres_report.left:
         assert re.search(reason, layer.reason)
     assert "calls" not in model[0].__dict__
-    assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
+    if kind is not ChangesInPlace:  # which has no gradient
+        assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
 
 
 def hook(module):
@@ -549,6 +660,63 @@ def test_what_is_changed_afterwards_counts(change):
     CHANGES[change](model)
     CHANGES[change](fused)
     assert_same_steps(model, fused, torch.randn(2, 8, 5, 6, dtype=torch.float64))
+
+
+class Reads(Unit):
+    """A forward of everything that can be an attribute."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.size = (3, 3)
+        self.factors = [1.0, {"last": 2.0}]
+        self.config = SimpleNamespace(factor=1.5)
+        self.activation = torch.sigmoid
+        self.pool = functools.partial(F.avg_pool2d, kernel_size=2)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(super().forward(x), self.size)
+        x = self.pool(x) * self.factor * self.factors[1]["last"] * self.config.factor
+        x = self.activation(x) if self.c.stride == (1, 1) else x
+        return self.end(x) + 1 if hasattr(self, "shift") else self.end(x)
+
+    def end(self, x):
+        return x * 2
+
+
+READ_CHANGES = {
+    "tuple": lambda m: setattr(m, "size", (4, 2)),
+    "in a list": lambda m: m.factors[1].update(last=3.0),
+    "in an object": lambda m: setattr(m.config, "factor", 3.0),
+    "object": lambda m: setattr(m, "config", SimpleNamespace(factor=3.0)),
+    "built-in function": lambda m: setattr(m, "activation", torch.tanh),
+    "partial": lambda m: setattr(m, "pool", functools.partial(F.max_pool2d, kernel_size=2)),
+    "of the class": lambda m: setattr(m, "factor", 3.0),
+    "of a layer": lambda m: setattr(m.c, "stride", (2, 2)),
+    "new": lambda m: setattr(m, "shift", True),
+    "method": lambda m: setattr(m, "end", lambda x: x * 5),
+    "nothing": lambda m: None,
+    "not read": lambda m: setattr(m, "step", 3),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("change", READ_CHANGES)
+def test_what_a_forward_reads_is_seen_to_change(change, compiled):
+    model = randomised(Reads()).eval()
+    fused = fastres.fuse_model(model)
+    assert len(fused.fastres_report.fused) == 1
+    torch.compiler.reset()
+    call = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
+    x = torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        assert_close(call(x), model(x), 1e-6)
+        READ_CHANGES[change](model)
+        READ_CHANGES[change](fused)
+        assert_close(call(x), model(x), 1e-6)
+        assert convolutions_of(fused, x) == (change in ("nothing", "not read"))
+    torch.compiler.reset()
 
 
 def test_layers_that_hooks_watch_say_so():

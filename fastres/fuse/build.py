@@ -17,6 +17,7 @@ from ..nn.norm import FROZEN, has_relu
 from ..nn.units import folded
 from .calls import add_relu, end_chain, folded_add_relu, plain_relu, start_chain, unit_add_relu
 from .patterns import Unit, find_units, module_of, why_no_unit
+from .reads import Read
 from .region import Code, Region, UnitNames, become
 from .trace import UntraceableError, argument_name, has_forward, own_graph, result
 
@@ -39,14 +40,23 @@ class Graphs:
 
     def __init__(self) -> None:
         self._own: dict[nn.Module, Graph | UntraceableError] = {}
+        self._reads: dict[nn.Module, tuple[Read, ...]] = {}
 
     def own(self, module: nn.Module) -> Graph | UntraceableError:
         if module not in self._own:
             try:
-                self._own[module] = own_graph(module)
+                self._own[module], self._reads[module] = own_graph(module)
             except UntraceableError as problem:
                 self._own[module] = problem
         return self._own[module]
+
+    def reads(self, module: nn.Module, opened: list[str]) -> tuple[Read, ...]:
+        """What the forwards of `module` and of the containers that it opens read."""
+        return tuple(
+            Read(f"{name}.{read.path}".strip("."), read.name)
+            for name in ("", *opened)
+            for read in self._reads[module.get_submodule(name)]
+        )
 
     def units(self, module: nn.Module) -> list[Unit]:
         """The units of the region that `module` would be, in the order in which they end."""
@@ -240,7 +250,8 @@ def _code(
     fused_source = _source(flat.graph, "_fused", scope)
     return Code(
         argument_name(module), fused_source, folded_source, names,
-        tuple(flat.opened), tuple(dict.fromkeys(flat.skipped)), waits, scope,
+        tuple(flat.opened), graphs.reads(module, flat.opened),
+        tuple(dict.fromkeys(flat.skipped)), waits, scope,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ..nn.norm import FROZEN, has_relu
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {
-    torch.relu_, F.relu_, operator.setitem, operator.iadd, operator.isub, operator.imul,
+    operator.setitem, operator.iadd, operator.isub, operator.imul,
     operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 }  # fmt: skip
@@ -100,19 +100,27 @@ def why_no_unit(conv: Node, root: nn.Module) -> str:
     if not isinstance(module, nn.Conv2d):
         if type(module) not in FROZEN:
             return f"is a {type(module).__name__}, which the fused ops do not know"
-        return "does not follow a convolution whose result it alone takes"
+        if not _takes_one(conv):
+            return "is called with other arguments than one tensor"
+        if not (is_conv(conv.args[0], root) and _next(conv.args[0]) is conv):
+            return "does not follow a convolution whose result it alone takes"
+        return "something is changed in place before its unit ends"
     if type(module) is not nn.Conv2d:
         return f"is a {type(module).__name__}, not a Conv2d"
     if module.padding_mode != "zeros":
         return f"pads by {module.padding_mode!r}, not with zeros"
     if type(module.padding) is not tuple:
         return f"pads by {module.padding!r}, not by numbers"
+    if not _takes_one(conv):
+        return "is called with other arguments than one tensor"
     users = list(conv.users)
     if len(users) > 1:
         return "its result is used more than once"
     follower = module_of(users[0], root)
     if follower is None:
         return "no BatchNorm2d follows it"
+    if type(follower) in FROZEN:
+        return why_no_unit(users[0], root)
     return f"is followed by {type(follower).__name__}, not by BatchNorm2d"
 
 
@@ -188,11 +196,17 @@ def _next(node: Node) -> Node | None:
 
 
 def _in_place(node: Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(module_of(node, root), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+    """Whether a node may change a tensor that it takes."""
+    module = module_of(node, root)
+    if module is not None:
+        return any(getattr(part, "inplace", False) for part in module.modules())
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.op.startswith("call") and (
+        node.target in _IN_PLACE
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
+    )
 
 
 def _is_fresh(node: Node, root: nn.Module) -> bool:

@@ -22,10 +22,7 @@ from ..nn import PackedWeights
 from ..nn.conv_bn import fuses, is_untouched, shows_modules
 from ..nn.norm import has_relu, uses_batch_statistics
 from ..nn.units import PacksWeights
-
-_MISSING = object()
-_INTERNAL = frozenset(nn.Module().__dict__)
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, type, types.FunctionType)
+from .reads import Read, picture, shows, submodule, value_of
 
 
 class UnitNames(NamedTuple):
@@ -47,6 +44,7 @@ class Code:
             ("" if there is none).
         units: those with a convolution.
         opened: the containers whose forward is part of this one's.
+        reads: the attributes that these forwards read.
         skipped: modules that do nothing.
         waits: whether all that it does is units, so that they may wait: see `chain.Deferred`.
         names: the globals of both sources.
@@ -57,6 +55,7 @@ class Code:
     folded: str
     units: tuple[UnitNames, ...]
     opened: tuple[str, ...]
+    reads: tuple[Read, ...]
     skipped: tuple[str, ...]
     waits: bool
     names: dict[str, Any] = field(compare=False, hash=False)
@@ -76,44 +75,26 @@ class Held(_Unpickled):
     """What a region's graph was made from, to see whether it still holds."""
 
     def __init__(self, region: nn.Module, code: Code) -> None:
-        self.parts = tuple(_part(region, path) for path in ("", *code.opened))
+        containers = [(path, region.get_submodule(path)) for path in ("", *code.opened)]
+        self.parts = tuple((path, type(m), _children(m)) for path, m in containers)
+        self.read = tuple((read, picture(value_of(region, read))) for read in code.reads)
         self.skipped = code.skipped
 
     def holds(self, region: nn.Module) -> bool:
-        for path, kind, attributes, children in self.parts:
+        for path, kind, children in self.parts:
             container = submodule(region, path)
             if path and not is_untouched(container, kind):
                 return False
             if _children(container) != children:
                 return False
-            for name, value in attributes:
-                now = getattr(container, name, _MISSING)
-                if now is not value and (type(now) is not type(value) or now != value):
-                    return False
+        for read, before in self.read:
+            if not shows(value_of(region, read), before):
+                return False
         return all(is_untouched(submodule(region, path), nn.Identity) for path in self.skipped)
-
-
-def _part(region: nn.Module, path: str) -> tuple[Any, ...]:
-    module = region.get_submodule(path)
-    attributes = tuple(
-        (name, value)
-        for name, value in module.__dict__.items()
-        if name not in _INTERNAL and isinstance(value, _PLAIN)
-    )
-    return path, type(module), attributes, _children(module)
 
 
 def _children(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, child in module._modules.items() if child is not None)
-
-
-def submodule(module: Any, path: str) -> Any:
-    """The module of this name, or None."""
-    for name in path.split(".") if path else ():
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module
 
 
 class Region(PacksWeights):

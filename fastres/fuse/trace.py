@@ -9,14 +9,18 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .reads import Read, UnseenError, picture, reads_of, value_of
 
 
 class UntraceableError(Exception):
@@ -39,9 +43,35 @@ class _Proxy(Proxy):
         return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
+_DEVICES = ("cpu", "cuda")
+# What a part of a forward can switch for itself, which a graph does not show.
+_SWITCHES: dict[str, Callable[[], object]] = {
+    "switches gradients for a part of it": lambda: (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    ),
+    "switches autocast for a part of it": lambda: [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES
+    ],
+    "switches what is kept for the backward for a part of it": lambda: (
+        torch._C._autograd._top_saved_tensors_default_hooks(True)
+    ),
+}
+
+
 class _OwnForward(Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = [state() for state in _SWITCHES.values()]
+
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        for (reason, state), before in zip(_SWITCHES.items(), self.before, strict=True):
+            if state() != before:
+                raise UntraceableError(reason)
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -56,8 +86,18 @@ class _OwnForward(Tracer):
         return super().create_arg(a)
 
 
-def own_graph(module: nn.Module) -> Graph:
-    """The graph of `module.forward`, of one argument.
+class _Computed(TorchDispatchMode):
+    """Whether anything was computed of real tensors, which may be others in the next call."""
+
+    anything = False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.anything = True
+        return op(*args, **(kwargs or {}))
+
+
+def own_graph(module: nn.Module) -> tuple[Graph, tuple[Read, ...]]:
+    """The graph of `module.forward`, of one argument, and the attributes that it was made from.
 
     Raises:
         UntraceableError: it has none.
@@ -66,10 +106,19 @@ def own_graph(module: nn.Module) -> Graph:
     before, state = _held(module), random.getstate()
     seed = torch.get_rng_state()
     graphs = []
+    computed = _Computed()  # type: ignore[no-untyped-call]
     try:
-        for mode in (True, False):
-            with torch.set_grad_enabled(mode), _training(module, mode):
-                graphs.append(_OwnForward().trace(module))
+        with reads_of(module) as reads, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whose cause is that there are no tensors
+            for mode in (True, False):
+                # Whatever is switched, on or off, is switched to something else in one of the two.
+                with (
+                    torch.set_grad_enabled(mode),
+                    _autocast(mode),
+                    _training(module, mode),
+                    computed,
+                ):
+                    graphs.append(_OwnForward().trace(module))
     except UntraceableError:
         raise
     except Exception as problem:  # whatever somebody's code raises when it meets a Proxy
@@ -83,9 +132,20 @@ def own_graph(module: nn.Module) -> Graph:
         random.setstate(state)
         torch.set_rng_state(seed)
         raise UntraceableError("draws random numbers")
+    if computed.anything:
+        raise UntraceableError("computes with a tensor that may be another one in the next call")
     if _source(graphs[0]) != _source(graphs[1]):
         raise UntraceableError("does different things in training and in evaluation")
-    return graphs[1]
+    for read in reads.all():
+        value = value_of(module, read)
+        try:
+            picture(value)
+        except UnseenError:
+            kind = type(value).__name__
+            raise UntraceableError(
+                f"reads the attribute {read.name!r}, a {kind}, of which not every change is seen"
+            ) from None
+    return graphs[1], reads.all()
 
 
 def check_signature(module: nn.Module) -> None:
@@ -129,11 +189,26 @@ def _source(graph: Graph) -> str:
 
 @contextmanager
 def _training(module: nn.Module, mode: bool) -> Iterator[None]:
-    before, module.training = module.training, mode
+    before = [(part, part.training) for part in module.modules()]
     try:
+        for part, _ in before:
+            part.training = mode
         yield
     finally:
-        module.training = before
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
+def _autocast(mode: bool) -> Iterator[None]:
+    before = {device: torch.is_autocast_enabled(device) for device in _DEVICES}
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, mode)
+        yield
+    finally:
+        for device, enabled in before.items():
+            torch.set_autocast_enabled(device, enabled)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
