@@ -304,6 +304,14 @@ def assert_packs_are_true(module, x):
 
 CHANGES = {
     "optimizer": lambda m: torch.optim.SGD(m.parameters(), 0.5).step(),
+    "fused optimizer": lambda m: torch.optim.SGD(m.parameters(), 0.5, fused=True).step(),
+    "fused optimizer with moments": lambda m: torch.optim.AdamW(
+        m.parameters(), 0.5, fused=True
+    ).step(),
+    "compiled optimizer": lambda m: compiled_step(torch.optim.SGD(m.parameters(), 0.5)),
+    "compiled fused optimizer": lambda m: compiled_step(
+        torch.optim.SGD(m.parameters(), 0.5, fused=True)
+    ),
     "copy_": lambda m: m.conv1.weight.copy_(torch.rand_like(m.conv1.weight)),
     "inference mode": lambda m: inference_update(m.conv1.weight),
     "load_state_dict": lambda m: m.load_state_dict(
@@ -330,6 +338,10 @@ CHANGES = {
         m.conv1.weight, "data", m.conv1.weight.data.transpose(2, 3)
     ),
 }
+
+
+def compiled_step(optimizer):
+    torch.compile(optimizer.step, backend="eager")()
 
 
 def inference_update(weight):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
 from ..backends import cpu
@@ -30,12 +33,14 @@ class PackedWeights:
 
     An entry is used only if the weight is the same tensor, at the same address and version, with
     the same layout; the entry keeps that memory alive, so the address can't be given to another.
-    Writes through ``weight.data`` escape this, so owners also clear it in ``train()`` and the like.
-    Copies and pickles start empty.
+    Optimizers with ``fused=True`` leave the version as it was, so every step drops the entries of
+    its parameters. Writes through ``weight.data`` escape this, so owners also clear it in
+    ``train()`` and the like. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
         self._entries: dict[nn.Module, _Entry] = {}
+        _ALL.add(self)
 
     def get(self, conv: Any, weight: Tensor, size: tuple[int, int, int]) -> Tensor | None:
         """The packed form of ``weight`` for inputs of (N, H, W) ``size``, made if out of date."""
@@ -76,8 +81,34 @@ class PackedWeights:
     def clear(self) -> None:
         self._entries.clear()
 
+    def drop(self, weights: set[int]) -> None:
+        """Drop the entries of the weights with these ids."""
+        for conv, entry in list(self._entries.items()):
+            if id(entry.weight) in weights:
+                self._entries.pop(conv, None)  # another thread may have
+
     def __len__(self) -> int:
         return len(self._entries)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PackedWeights, ()
+
+
+_ALL: WeakSet[PackedWeights] = WeakSet()
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # Compiled steps tell of their writes, but for the fused, which torch does not compile.
+    if not torch.compiler.is_compiling() or any(g.get("fused") for g in optimizer.param_groups):
+        _drop(optimizer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _drop(optimizer: Optimizer) -> None:
+    groups = optimizer.param_groups
+    stepped = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    for packed in list(_ALL):
+        packed.drop(stepped)
+
+
+register_optimizer_step_post_hook(_after_step)
