@@ -742,6 +742,29 @@ def test_without_gradients_blocks_are_one_call(name, units):
     assert relative_error(actual, expected) < 1e-6
 
 
+def test_a_model_without_values():
+    model = Block().to("meta")
+    fused = fastres.fuse_model(model)
+    assert len(fused.fastres_report.fused) == 2
+    for train in (False, True):
+        assert fused.train(train)(torch.empty(2, 8, 5, 6, device="meta")).shape == (2, 8, 5, 6)
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
+def test_a_scripted_part_stays():
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval())
+
+    class Whole(Unit):
+        def forward(self, x):
+            return self.part(super().forward(x))
+
+    model, x = Whole(8, 8).eval(), torch.randn(2, 8, 5, 6)
+    model.part = part
+    fused = fastres.fuse_model(model, inplace=True)
+    assert [unit.layers for unit in fused.fastres_report.fused] == [("c", "n", "a")]
+    assert_close(fused(x), part(F.relu(model.n(model.c(x)))), 1e-6)
+
+
 def saved_and_loaded(save, load, made):
     file = io.BytesIO()
     save(made, file)

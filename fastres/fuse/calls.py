@@ -12,7 +12,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import ops
 from ..nn import finish
 from ..nn.chain import Chain, Deferred, chains
-from ..nn.conv_bn import conv_bn, conv_bn_add_relu, is_untouched, shows_modules
+from ..nn.conv_bn import (
+    autocast_dtype,
+    conv_bn,
+    conv_bn_add_relu,
+    is_untouched,
+    shows_modules,
+)
 from ..nn.units import folded
 
 _RELU = nn.ReLU()
@@ -103,9 +109,7 @@ def _is_summand(conv: Any, x: Any, y: Tensor) -> bool:
     x = x if isinstance(x, Tensor) else x.z
     if x.dim() != 4:
         return False
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x) or x.dtype
     size = [
         (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
         // conv.stride[i]

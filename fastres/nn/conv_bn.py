@@ -219,7 +219,7 @@ def _conv_bn(
 ) -> Tensor:
     """One pass with the running statistics: ``[relu](bn(conv(x)) [+ residual])``."""
     weight = conv._parameters["weight"]
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     if residual is not None:
@@ -263,7 +263,7 @@ def _conv_stats(conv: Module, bn: Module, x: Tensor | Pending) -> Pending:
         z, prologue = x.z, x[1:]
     else:
         z = x
-    dtype = _autocast_dtype(z)
+    dtype = autocast_dtype(z)
     if dtype is not None:
         z, weight = z.to(dtype), weight.to(dtype)
     z, mean, var = ops.conv_stats(
@@ -302,10 +302,10 @@ def _update_running_statistics(bn: Module, mean: Tensor, var: Tensor, count: int
 def _dtype_of(conv: Module) -> torch.dtype:
     """The type of conv's result, which autocast may change."""
     weight = conv._parameters["weight"]
-    return _autocast_dtype(weight) or weight.dtype
+    return autocast_dtype(weight) or weight.dtype
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast wants a convolution to run in; None where it has no say, as in float64."""
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64:
