@@ -340,6 +340,16 @@ def test_many_winograd_tiles(
     check_training(problem, False)
 
 
+@pytest.mark.parametrize("algorithm", [AMX])
+@pytest.mark.parametrize("size", range(3, 11))
+def test_few_matrix_tiles(algorithm: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one tile of pixels to eight, of which the first split the weights for the others."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
+    problem = Problem(Conv("tiles", 70, 80, 3, 1, size), torch.float32)
+    check_inference(problem, True)
+    check_training(problem, True)
+
+
 def test_input_size_of_packing() -> None:
     weight = torch.randn(32, 32, 3, 3)
     for size in ([1, 2], [1, -1, 3]):

@@ -17,10 +17,10 @@ namespace fastres::cpu {
 
 using torch::stable::parallel_for;
 
-void pack_panels(const ConvWeight& w, float* packed) {
+void pack_panels(const ConvWeight& w, ConvPackFn kernel, float* packed) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * w.ci * w.kh * w.kw));
   parallel_for(0, ceil_div(w.co, kConvPanel), grain,
-               [&](int64_t begin, int64_t end) { kernels().conv_pack(w, packed, begin, end); });
+               [&](int64_t begin, int64_t end) { kernel(w, packed, begin, end); });
 }
 
 namespace {
@@ -79,6 +79,7 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 
 // Length of the weights in the form that an algorithm other than aten reads.
 int64_t packed_floats(const ConvShape& s, Algorithm a) {
+  if (a == Algorithm::amx) return amx_packed_floats(s);
   if (!is_winograd(a)) return s.packed_floats();
   return is_winograd_stem(s) ? winograd_stem_packed_floats(s)
                              : winograd_packed_floats(s, winograd_tile(a));
@@ -89,8 +90,10 @@ constexpr int64_t kPixelsWorthPacking = 65;
 // The form that `packed` is in, if it is in one.
 std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed) {
   if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
-  for (const Algorithm a : {Algorithm::packed, Algorithm::winograd4, Algorithm::winograd2}) {
+  for (const Algorithm a :
+       {Algorithm::packed, Algorithm::amx, Algorithm::winograd4, Algorithm::winograd2}) {
     if (is_winograd(a) && !winograd_takes(s, a)) continue;
+    if (a == Algorithm::amx && !has_matrix_unit()) continue;
     if (packed->numel() == packed_floats(s, a)) return a;
   }
   return std::nullopt;
@@ -114,7 +117,7 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
     return {Algorithm::aten, "too few pixels to pack the weights for"};
   }
   if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
-  if (form) return {algorithm_for(s, *form), "the weights are packed for it"};
+  if (form) return {*form, "the weights are packed for it"};
   return {cheapest_algorithm(s, true), "the least estimated cost"};
 }
 
@@ -130,8 +133,10 @@ Scratch padded_vector(const std::vector<double>& values) {
 
 void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
   const ConvWeight w = conv_weight_of(weight);
-  if (!is_winograd(form)) {
-    pack_panels(w, packed);
+  if (form == Algorithm::amx) {
+    pack_panels(w, kernels().amx_pack, packed);
+  } else if (!is_winograd(form)) {
+    pack_panels(w, kernels().conv_pack, packed);
   } else if (is_winograd_stem(s)) {
     winograd_stem_pack(w, packed);
   } else {
@@ -274,10 +279,10 @@ struct PackedConv {
   PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
              const ConvShape& s, Algorithm algorithm_)
       : input(with_dense_channels(input_)), weight(weight_), algorithm(algorithm_) {
-    if (form_of(s, given) == weight_form(algorithm)) {
+    if (form_of(s, given) == algorithm) {
       args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
-      pack_in(s, weight_form(algorithm));
+      pack_in(s, algorithm);
     }
     args.input = input.const_data_ptr();
     args.input_stride_n = input.stride(0);
@@ -292,6 +297,7 @@ struct PackedConv {
     if (algorithm == Algorithm::amx) {
       auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
+      pack_in(s, Algorithm::packed);
     } else if (is_winograd(algorithm)) {
       auto sums = is_winograd_stem(s)
                       ? run_winograd_stem(args, s, dtype, statistics)
@@ -416,7 +422,7 @@ int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
                                  const std::vector<int64_t>& dilation, int64_t groups,
                                  const std::vector<int64_t>& input_size) {
   const ConvShape s = shape_to_pack(weight, stride, padding, dilation, groups, input_size);
-  return packs(s) ? packed_floats(s, weight_form(cheapest_algorithm(s, false))) : 0;
+  return packs(s) ? packed_floats(s, cheapest_algorithm(s, false)) : 0;
 }
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
@@ -427,7 +433,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
       shape_to_pack({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
                     padding, dilation, groups, input_size);
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
-  const Algorithm form = weight_form(cheapest_algorithm(s, false));
+  const Algorithm form = cheapest_algorithm(s, false);
   Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
   if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
@@ -451,7 +457,7 @@ std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<
   // Inference in float32 keeps packed weights, as fastres.nn does.
   const bool kept = !training && dtype == DType::float32 && packs(s);
   std::optional<Algorithm> form;
-  if (kept) form = weight_form(cheapest_algorithm(s, false));
+  if (kept) form = cheapest_algorithm(s, false);
   return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 

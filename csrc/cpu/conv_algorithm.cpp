@@ -80,10 +80,6 @@ double cold_read_cost() {
   return has_matrix_unit() ? 50.0 : 8.0;
 }
 
-Algorithm algorithm_for(const ConvShape& s, Algorithm form) {
-  return form == Algorithm::packed && has_matrix_unit() && amx_pays(s) ? Algorithm::amx : form;
-}
-
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   const std::optional<Algorithm> named = algorithm_from_environment();
   if (named && (is_winograd(*named) ? winograd_takes(s, *named)

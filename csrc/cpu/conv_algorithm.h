@@ -29,9 +29,6 @@ constexpr int winograd_tile(Algorithm a) { return a == Algorithm::winograd4 ? 4 
 // Whether one of Winograd's algorithms is allowed and takes this shape.
 bool winograd_takes(const ConvShape& s, Algorithm a);
 
-// The form in which it reads the weights, called by the first algorithm that it was made for.
-constexpr Algorithm weight_form(Algorithm a) { return a == Algorithm::amx ? Algorithm::packed : a; }
-
 // As FASTRES_CPU_ALGORITHM has it.
 const char* algorithm_name(Algorithm a);
 
@@ -49,8 +46,5 @@ double cold_read_cost();
 // The algorithm that takes the least time, but for aten; `packing` where the weights are packed for
 // one call only. A shape without pictures (n = 0) is of any.
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing);
-
-// Of those whose weights are in a form.
-Algorithm algorithm_for(const ConvShape& s, Algorithm form);
 
 }  // namespace fastres::cpu

@@ -34,8 +34,8 @@ int64_t image_cut(const ConvShape& s, int64_t i, int64_t count) {
   return std::min(cut(ceil_div(s.n, unit), i, count) * unit, s.n);
 }
 
-// Of the busiest thread, in cycles: 96 for a step of a tile by a panel, 9 to split 32 channels of
-// a pixel, and reading and splitting the weights of a step of a panel.
+// Of the busiest thread, in cycles: 108 for a step of a tile by a panel, 9 to split 32 channels of
+// a pixel. The first tiles, at most four, wait for the weights of a step of a panel to be read.
 double plan_cost(const ConvShape& s, const ConvArgs& args, const Plan& plan, int64_t threads) {
   const int64_t images = images_of_block(s, plan), rows = ceil_div(s.oh, plan.row_blocks);
   const AmxWindow window(args, images, rows);
@@ -45,7 +45,8 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, const Plan& plan, int
       static_cast<double>(ceil_div(ceil_div(s.panels(), 2), plan.channel_groups) * 2);
   const double split =
       9.0 * static_cast<double>(window.phases * window.rows * window.pitch() * window.steps);
-  const double block = taps * panels * (96.0 * tiles + 300.0) + split;
+  const double waiting = std::max(100.0, 450.0 - 108.0 * std::min(tiles, 4.0));
+  const double block = taps * panels * (108.0 * tiles + waiting) + split;
   return block * static_cast<double>(ceil_div(plan.pixel_blocks() * plan.channel_groups, threads));
 }
 
@@ -95,8 +96,14 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
 
 bool has_matrix_unit() { return kernels().amx_block[static_cast<int>(DType::float32)] != nullptr; }
 
+int64_t amx_packed_floats(const ConvShape& s) {
+  const bool by_rows = amx_takes_rows(s.ci, s.kw);
+  const int64_t taps = by_rows ? s.kh : s.kh * s.kw, channels = by_rows ? s.kw * s.ci : s.ci;
+  return s.panels() * amx_packed_panel_floats(taps, channels) + kConvPanel;
+}
+
 bool amx_pays(const ConvShape& s) {
-  // Weights are split for each call, which few pixels do not repay.
+  // A step's first tiles wait for its weights, which few pixels do not repay.
   constexpr int64_t fewest_channels = 16, fewest_pixels = 40;
   return (s.ci >= fewest_channels || amx_takes_rows(s.ci, s.kw)) &&
          (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 && s.dilation[0] == 1 &&
@@ -124,13 +131,14 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
   struct Memory {
     Scratch window, weights;
-    std::vector<int64_t> starts, offsets;
+    std::vector<int64_t> starts, offsets, places;
   };
   const auto scratch = [&] {
     return Memory{scratch_floats(window.floats()),
                   scratch_floats(2 * amx_group_pairs(window.taps, window.channels) *
                                  amx_panel_floats(window.taps, window.channels)),
-                  std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows)};
+                  std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows),
+                  std::vector<int64_t>(window.taps)};
   };
   const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
     const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;
@@ -144,7 +152,7 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
                          .panel0 = panel0,
                          .panel1 = panel1};
     const AmxScratch parts{memory.window.floats(), memory.weights.floats(), memory.starts.data(),
-                           memory.offsets.data()};
+                           memory.offsets.data(), memory.places.data()};
     return kernel(args, part, parts, sums);
   };
   return run_blocks(plan.channel_groups, plan.pixel_blocks(), statistics ? kConvSums * plane : 0,
@@ -210,8 +218,9 @@ std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                         .padding = {h.padding, w.padding},
                         .dilation = {1, 1},
                         .groups = 1};
-      const Scratch packed = scratch_floats(t.packed_floats());
-      pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride), packed.floats());
+      const Scratch packed = scratch_floats(amx_packed_floats(t));
+      pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride), kernels().amx_pack,
+                  packed.floats());
       const int64_t first = a * whole.output_stride_h + b * whole.output_stride_w;
       args.conv.weight = packed.floats();
       args.conv.output = static_cast<float*>(whole.conv.output) + first;

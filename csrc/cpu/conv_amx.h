@@ -15,8 +15,11 @@ bool has_matrix_unit();
 // Whether it beats the other algorithms at this shape.
 bool amx_pays(const ConvShape& s);
 
-// As run_winograd, with weights packed as the implicit GEMM without a matrix unit has them: they
-// are split on the way, which takes less time than reading half as many bytes again.
+// Length of the packed weights. It is no other form's: a line is left over.
+int64_t amx_packed_floats(const ConvShape& s);
+
+// As run_winograd, with weights that KernelTable::amx_pack packed. They are split on the way, which
+// takes less time than reading half as many bytes again.
 std::optional<std::vector<double>> run_amx(const ConvArgs& args, const ConvShape& s, DType dtype,
                                            bool statistics);
 

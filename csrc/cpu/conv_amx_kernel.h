@@ -31,7 +31,14 @@ inline constexpr int64_t kAmxStep = kAmxParts * kAmxTile;
 
 constexpr int64_t amx_steps(int64_t channels) { return (channels + kAmxDepth - 1) / kAmxDepth; }
 
-// A panel's weights in parts: [kh][kw][step][part][channel pair][16 output channels][2].
+// A panel's weights as they are packed, [step][tap][32 input channels][16 output channels], and in
+// parts, [step][tap][part][channel pair][16 output channels][2].
+inline constexpr int64_t kAmxPackedStep = kAmxDepth * kConvPanel;
+
+constexpr int64_t amx_packed_panel_floats(int64_t taps, int64_t ci) {
+  return taps * amx_steps(ci) * kAmxPackedStep;
+}
+
 constexpr int64_t amx_panel_floats(int64_t taps, int64_t ci) {
   return taps * amx_steps(ci) * kAmxStep;
 }
@@ -107,6 +114,7 @@ struct AmxScratch {
   float* weights;    // 2 * amx_group_pairs() * amx_panel_floats()
   int64_t* starts;   // amx_most_tiles(): where in a part a tile's first line is, in 16-bit numbers
   int64_t* offsets;  // 16 times as many: where an output pixel is written, or -1
+  int64_t* places;   // AmxWindow::taps
 };
 
 // Of the block, [w0, w1) must be whole rows. Returns whether all sums were finite; where they were

@@ -169,12 +169,14 @@ void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow
   }
 }
 
-// What the sums of a tile run over.
+// What the sums of a tile run over: every tap of a step, then the next step, so that the lines that
+// taps share stay in the first level cache.
 struct AmxDepth {
-  int64_t kh, kw, ci, stride_h, stride_w, steps;
-  int64_t line, row, column;   // in the window, 16-bit numbers from one to the next
-  int64_t plane;               // of a part, in floats
-  int64_t panel, panel_parts;  // floats from a panel's weights, and their parts, to the next
+  int64_t steps, taps;
+  const int64_t* places;  // of each tap's first line in the window, in 16-bit numbers
+  int64_t line, step;     // in the window, 16-bit numbers from one to the next
+  int64_t plane;          // of a part, in floats
+  int64_t panel_parts;    // floats from a panel's parts to the next panel's
 };
 
 // Splits pairs of input channels [pair0, pair1) of a step of a panel: `in` holds `depth` input
@@ -223,93 +225,108 @@ struct AmxMeanwhile {
   }
 };
 
-// Sums of R tiles of pixels by C of channels, into `out`, `row` floats a pixel. `parts` are the
-// weights' parts; kSplit makes them from `weight` on the way, a step ahead of their use.
+// Sums of R tiles of pixels by C of channels into `out`, `row` floats a pixel. `parts` are the
+// weights' parts; with kSplit they are made on the way from the packed `weight`, a step ahead of
+// their use, and are kept, all or with `ring` the last two steps'. The matrix unit hides what that
+// takes where four tiles of pixels share the weights.
 template <int R, int C, bool kSplit>
 __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          const int64_t* starts, const float* weight, float* parts,
-                                         float* out, int64_t row, AmxMeanwhile& meanwhile) {
-  constexpr int kStride = 64;      // bytes of a tile's row of weights
-  constexpr int64_t kAhead = 256;  // floats of weights, asked for before they are split
+                                         bool ring, float* out, int64_t row,
+                                         AmxMeanwhile& meanwhile) {
+  static_assert(C == 1 ? R <= 4 : C == 2 && R <= 2 && !kSplit);
+  constexpr int kStride = 64;  // bytes of a tile's row of weights
+  // Weights are asked for so far ahead, a line a step: at the next page, the hardware's prefetcher
+  // has to be told once, and does the rest. Asking for every line takes the buffers that the tiles'
+  // own loads need.
+  constexpr int64_t kAhead = 6 * kAmxPackedStep;
   _tile_zero(0);
-  if (C > 1) _tile_zero(1);
+  if (C > 1 || R > 1) _tile_zero(1);
   if (R > 1) _tile_zero(2);
-  if (R > 1 && C > 1) _tile_zero(3);
-  const int64_t taps = d.kh * d.kw;
-  // Of the step that is split next: where its weights are, and how many channels its tap has left.
-  const float* source = weight;
-  const float* const source_end = weight + taps * d.ci * kConvPanel;
-  int64_t left = d.ci;
-  float* target = parts;
+  if (R > 1) _tile_zero(3);
+  int64_t split_steps = 0;
   const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
-    if (!kSplit || source == source_end) return;
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) {
-      const float* in = source + c * d.panel;
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        __builtin_prefetch(in + kAhead * 4 + (8 * quarter + i) * kConvPanel, 0, 3);
-      }
-      if (left >= kAmxDepth) {
-        amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4, target + c * d.panel_parts);
-      } else {
-        amx_split_weights(in, left, 4 * quarter, 4 * quarter + 4, target + c * d.panel_parts);
-      }
-    }
-    if (quarter < 3) return;
-    const int64_t depth = min<int64_t>(left, kAmxDepth);
-    source += depth * kConvPanel;
-    target += kAmxStep;
-    left = left == depth ? d.ci : left - depth;
+    if (!kSplit || split_steps == d.steps * d.taps) return;
+    const float* in = weight + split_steps * kAmxPackedStep;
+    if (quarter == 0) __builtin_prefetch(in + kAhead, 0, 2);
+    amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4,
+                      parts + (ring ? split_steps % 2 : split_steps) * kAmxStep);
+    if (quarter == 3) ++split_steps;
   };
   for (int quarter = 0; quarter < 4; ++quarter) split(quarter);
-  const float* w = parts;
-  for (int64_t h = 0; h < d.kh; ++h) {
-    for (int64_t v = 0; v < d.kw; ++v) {
-      const int64_t phase = h % d.stride_h * d.stride_w + v % d.stride_w;
-      const uint16_t* a0 =
-          reinterpret_cast<const uint16_t*>(window + phase * d.steps * kAmxParts * d.plane) +
-          h / d.stride_h * d.row + v / d.stride_w * d.column;
-      const uint16_t* a1 = a0 + (R > 1 ? starts[1] : 0);
-      a0 += starts[0];
-      for (int64_t k = 0; k < d.steps; ++k) {
-        const auto pixels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
-          _tile_loadd(4, a0 + 2 * part * d.plane, 2 * d.line);
-          if (R > 1) _tile_loadd(5, a1 + 2 * part * d.plane, 2 * d.line);
+  const uint16_t* step = reinterpret_cast<const uint16_t*>(window);
+  int64_t current = 0;
+  for (int64_t k = 0; k < d.steps; ++k, step += d.step) {
+    for (int64_t tap = 0; tap < d.taps; ++tap, ++current) {
+      const uint16_t* a = step + d.places[tap];
+      const float* w = parts + (ring ? current % 2 : current) * kAmxStep;
+      const auto pixels = [&](int r, int64_t part) FASTRES_LAMBDA_INLINE {
+        _tile_loadd(4, a + starts[r] + 2 * part * d.plane, 2 * d.line);
+        if (r + 1 < R) _tile_loadd(5, a + starts[r + 1] + 2 * part * d.plane, 2 * d.line);
+      };
+      // The smallest products first; one operand changes from one to the next.
+      if constexpr (C == 1) {
+        const auto first = [&]() FASTRES_LAMBDA_INLINE { _tile_loadd(6, w, kStride); };
+        const auto other = [&](int64_t part) FASTRES_LAMBDA_INLINE {
+          _tile_loadd(7, w + part * kAmxTile, kStride);
         };
+        const auto by_first = [&]() FASTRES_LAMBDA_INLINE {
+          _tile_dpbf16ps(0, 4, 6);
+          if (R > 1) _tile_dpbf16ps(1, 5, 6);
+        };
+        const auto by_other = [&]() FASTRES_LAMBDA_INLINE {
+          _tile_dpbf16ps(0, 4, 7);
+          if (R > 1) _tile_dpbf16ps(1, 5, 7);
+        };
+        pixels(0, 2), first(), by_first(), split(0);
+        pixels(0, 1), by_first(), other(1), by_other(), split(1);
+        pixels(0, 0), by_other(), other(2), by_other(), by_first(), split(2);
+        if constexpr (R > 2) {
+          const auto by_first_below = [&]() FASTRES_LAMBDA_INLINE {
+            _tile_dpbf16ps(2, 4, 6);
+            if (R > 3) _tile_dpbf16ps(3, 5, 6);
+          };
+          const auto by_other_below = [&]() FASTRES_LAMBDA_INLINE {
+            _tile_dpbf16ps(2, 4, 7);
+            if (R > 3) _tile_dpbf16ps(3, 5, 7);
+          };
+          pixels(2, 2), by_first_below();
+          pixels(2, 1), by_first_below(), other(1), by_other_below();
+          pixels(2, 0), by_other_below(), other(2), by_other_below(), by_first_below();
+        }
+        split(3);
+      } else {
         const auto channels = [&](int64_t part) FASTRES_LAMBDA_INLINE {
           _tile_loadd(6, w + part * kAmxTile, kStride);
-          if (C > 1) _tile_loadd(7, w + d.panel_parts + part * kAmxTile, kStride);
+          _tile_loadd(7, w + d.panel_parts + part * kAmxTile, kStride);
         };
         const auto multiply = [&]() FASTRES_LAMBDA_INLINE {
           _tile_dpbf16ps(0, 4, 6);
-          if (C > 1) _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(1, 4, 7);
           if (R > 1) _tile_dpbf16ps(2, 5, 6);
-          if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+          if (R > 1) _tile_dpbf16ps(3, 5, 7);
         };
-        meanwhile.step();
-        // The smallest products first; one operand changes from one to the next.
-        pixels(2), channels(0), multiply(), split(0);
-        pixels(1), multiply(), split(1);
-        channels(1), multiply(), split(2);
-        pixels(0), multiply(), split(3);
+        pixels(0, 2), channels(0), multiply();
+        pixels(0, 1), multiply();
+        channels(1), multiply();
+        pixels(0, 0), multiply();
         channels(2), multiply();
         channels(0), multiply();
-        a0 += 2 * kAmxParts * d.plane;
-        a1 += 2 * kAmxParts * d.plane;
-        w += kAmxStep;
       }
+      // After the products: what it loads first has just been stored from tiles.
+      meanwhile.step();
     }
   }
   _tile_stored(0, out, row * 4);
-  if (C > 1) _tile_stored(1, out + kAmxRows, row * 4);
-  if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
-  if (R > 1 && C > 1) _tile_stored(3, out + kAmxRows * row + kAmxRows, row * 4);
-}
-
-template <int R, int C>
-FASTRES_INLINE auto amx_tiles_of(bool split) {
-  return split ? amx_tiles<R, C, true> : amx_tiles<R, C, false>;
+  if constexpr (C == 1) {
+    if (R > 1) _tile_stored(1, out + kAmxRows * row, row * 4);
+    if (R > 2) _tile_stored(2, out + 2 * kAmxRows * row, row * 4);
+    if (R > 3) _tile_stored(3, out + 3 * kAmxRows * row, row * 4);
+  } else {
+    _tile_stored(1, out + kAmxRows, row * 4);
+    if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
+    if (R > 1) _tile_stored(3, out + kAmxRows * row + kAmxRows, row * 4);
+  }
 }
 
 // Where the tiles of a block start and their pixels are written; returns their number.
@@ -447,73 +464,88 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
     fill(all, block, window, scratch.window);
   }
   const int64_t tiles = amx_place_tiles(all, block, window, scratch);
-  const int64_t taps = window.taps, channels_of_tap = window.channels;
-  const AmxDepth depth = {
-      .kh = args.kh,
-      .kw = window.by_kernel_rows ? 1 : args.kw,
-      .ci = channels_of_tap,
-      .stride_h = window.by_kernel_rows ? 1 : args.stride_h,
-      .stride_w = args.stride_w,
-      .steps = window.steps,
-      .line = window.line,
-      .row = window.row,
-      .column = window.images * window.line,
-      .plane = window.plane(),
-      .panel = taps * channels_of_tap * kConvPanel,
-      .panel_parts = amx_panel_floats(taps, channels_of_tap),
-  };
+  // Where each tap's lines begin.
+  const int64_t kw = window.taps / args.kh;
+  const int64_t stride_h = window.by_kernel_rows ? 1 : args.stride_h, stride_w = args.stride_w;
+  for (int64_t tap = 0; tap < window.taps; ++tap) {
+    const int64_t h = tap / kw, v = tap % kw;
+    const int64_t phase = h % stride_h * stride_w + v % stride_w;
+    scratch.places[tap] = 2 * phase * window.steps * kAmxParts * window.plane() +
+                          h / stride_h * window.row + v / stride_w * window.images * window.line;
+  }
+  const AmxDepth depth = {.steps = window.steps,
+                          .taps = window.taps,
+                          .places = scratch.places,
+                          .line = window.line,
+                          .step = 2 * kAmxParts * window.plane(),
+                          .plane = window.plane(),
+                          .panel_parts = amx_panel_floats(window.taps, window.channels)};
+  const int64_t packed = amx_packed_panel_floats(window.taps, window.channels);
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
   static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
   static constexpr AmxConfig config{};
   _tile_loadconfig(&config);
   // The tiles that are multiplied, and those before.
-  alignas(64) float out[2][2 * kAmxRows * kConvColumns];
+  alignas(64) float out[2][4 * kAmxRows * kConvColumns];
   int current = 0;
-  constexpr int fewest_pixels = 8;  // of a step: their statistics are added up at a time
   AmxMeanwhile meanwhile{};
   meanwhile.write = amx_write_pixels<T>;
   meanwhile.all = &all;
   meanwhile.sums = sums;
   meanwhile.bytes = sizeof(T);
-  meanwhile.pixels_of_step =
-      max(fewest_pixels, static_cast<int>(2 * kAmxRows / (taps * window.steps)));
-  if (args.residual != nullptr) {
-    meanwhile.ahead_of_step = 2 * kAmxRows / (taps * window.steps) + 1;
-  }
+  const auto run = [&](auto compute, int64_t tile, int count, int64_t c, int channels,
+                       const float* weight, float* parts, bool ring) FASTRES_LAMBDA_INLINE {
+    constexpr int fewest_pixels = 8;  // of a step: their statistics are added up at a time
+    const int pixels = count * kAmxRows;
+    const int64_t* offsets = scratch.offsets + tile * kAmxRows;
+    const int64_t products = depth.taps * depth.steps;
+    meanwhile.pixels_of_step =
+        max(fewest_pixels, static_cast<int>((meanwhile.pixels + products - 1) / products));
+    if (args.residual != nullptr) {
+      meanwhile.ahead_of_step = 2 * kAmxRows / products + 1;
+      meanwhile.residual = static_cast<const char*>(args.residual) + c * sizeof(T);
+      meanwhile.ahead = offsets + pixels;
+      meanwhile.ahead_end = min(meanwhile.ahead + 2 * kAmxRows,
+                                static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
+    }
+    compute(depth, scratch.window, scratch.starts + tile, weight, parts, ring, out[current],
+            kConvColumns, meanwhile);
+    meanwhile.finish();
+    meanwhile.tile = out[current];
+    meanwhile.offsets = offsets;
+    meanwhile.channel = c;
+    meanwhile.channels = channels;
+    meanwhile.pixel = 0;
+    meanwhile.pixels = pixels;
+    current = 1 - current;
+  };
+  static constexpr auto splitting = [](int64_t count) FASTRES_LAMBDA_INLINE {
+    return count == 4   ? amx_tiles<4, 1, true>
+           : count == 3 ? amx_tiles<3, 1, true>
+           : count == 2 ? amx_tiles<2, 1, true>
+                        : amx_tiles<1, 1, true>;
+  };
+  // The first tiles are those that split the weights; the others come in pairs.
+  const int64_t first = tiles <= 4 ? tiles : 4 - tiles % 2;
+  const bool ring = tiles <= 4;
   // Where weights are few, several pairs of panels at a time: a pixel's channels are written, and
   // its residual is read, in one go.
-  const int64_t group = amx_group_pairs(taps, channels_of_tap) * kConvColumns;
+  const int64_t group = amx_group_pairs(window.taps, window.channels) * kConvColumns;
   for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
     const int64_t group1 = min(group0 + group, end);
-    for (int64_t t = 0; t < tiles; t += 2) {
-      const bool both = t + 1 < tiles;
-      const int64_t* offsets = scratch.offsets + t * kAmxRows;
-      const int pixels = both ? 2 * kAmxRows : kAmxRows;
+    const auto parts_of = [&](int64_t c) FASTRES_LAMBDA_INLINE {
+      return scratch.weights + (c - group0) / kConvPanel * depth.panel_parts;
+    };
+    for (int64_t c = group0; c < group1; c += kConvPanel) {
+      run(splitting(first), 0, static_cast<int>(first), c,
+          static_cast<int>(min<int64_t>(kConvPanel, end - c)),
+          args.weight + c / kConvPanel * packed, parts_of(c), ring);
+    }
+    for (int64_t t = first; t < tiles; t += 2) {
       for (int64_t c = group0; c < group1; c += kConvColumns) {
         const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
-        const bool wide = channels > kAmxRows;
-        const bool split = t == 0;
-        if (args.residual != nullptr) {
-          meanwhile.residual = static_cast<const char*>(args.residual) + c * sizeof(T);
-          meanwhile.ahead = offsets + pixels;
-          meanwhile.ahead_end =
-              min(meanwhile.ahead + 2 * kAmxRows,
-                  static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
-        }
-        const auto compute = both ? (wide ? amx_tiles_of<2, 2>(split) : amx_tiles_of<2, 1>(split))
-                                  : (wide ? amx_tiles_of<1, 2>(split) : amx_tiles_of<1, 1>(split));
-        compute(depth, scratch.window, scratch.starts + t,
-                args.weight + c / kConvPanel * depth.panel,
-                scratch.weights + (c - group0) / kConvPanel * depth.panel_parts, out[current],
-                kConvColumns, meanwhile);
-        meanwhile.finish();
-        meanwhile.tile = out[current];
-        meanwhile.offsets = offsets;
-        meanwhile.channel = c;
-        meanwhile.channels = channels;
-        meanwhile.pixel = 0;
-        meanwhile.pixels = pixels;
-        current = 1 - current;
+        run(channels > kAmxRows ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>, t, 2, c,
+            channels, nullptr, parts_of(c), false);
       }
     }
   }
@@ -521,6 +553,37 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   end_stream(args.stream);
   _tile_release();
   return all_zero(meanwhile.bad);
+}
+
+// Packs panels [panel0, panel1): channels that fill a tap's last step are zero, and so is the line
+// that is left over.
+inline void amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
+  const bool by_rows = amx_takes_rows(w.ci, w.kw);
+  const int64_t taps = by_rows ? w.kh : w.kh * w.kw, steps = by_rows ? 1 : amx_steps(w.ci);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    float* out = packed + panel * steps * taps * kAmxPackedStep;
+    const float* in = w.data + panel * kConvPanel * w.stride_o;
+    const int count = static_cast<int>(min<int64_t>(kConvPanel, w.co - panel * kConvPanel));
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t tap = 0; tap < taps; ++tap, out += kAmxPackedStep) {
+        int64_t filled = 0;
+        if (by_rows) {
+          for (int64_t v = 0; v < w.kw; ++v, filled += w.ci) {
+            conv_pack_tap(w, in + tap * w.stride_h + v * w.stride_w, 0, w.ci, count,
+                          out + filled * kConvPanel);
+          }
+        } else {
+          const int64_t i0 = k * kAmxDepth, i1 = min(i0 + kAmxDepth, w.ci);
+          conv_pack_tap(w, in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w, i0, i1, count,
+                        out - i0 * kConvPanel);
+          filled = i1 - i0;
+        }
+        conv_zero(out + filled * kConvPanel, kAmxPackedStep - filled * kConvPanel);
+      }
+    }
+  }
+  const int64_t panels = (w.co + kConvPanel - 1) / kConvPanel;
+  if (panel1 == panels) conv_zero(packed + panels * steps * taps * kAmxPackedStep, kConvPanel);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -99,8 +99,8 @@ inline ConvWeight turned(const ConvWeight& weight, const ConvShape& t,
           .kw = t.kw};
 }
 
-// Weights into the panels of ConvWeight's comment.
-void pack_panels(const ConvWeight& weight, float* packed);
+// Weights into panels, by one of the kernels that pack them.
+void pack_panels(const ConvWeight& weight, ConvPackFn kernel, float* packed);
 
 // Whether the convolution is a matrix product of pixels' channels.
 inline bool is_pointwise(const ConvShape& s) {

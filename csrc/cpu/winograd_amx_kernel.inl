@@ -51,17 +51,13 @@ struct WinogradParts {
     const int64_t position_parts = amx_panel_floats(1, args.ci);
     const int64_t panel_parts = kPositions * position_parts;
     const int64_t channels = (panel1 - panel0) * kConvPanel;
-    const AmxDepth depth = {.kh = 1,
-                            .kw = 1,
-                            .ci = args.ci,
-                            .stride_h = 1,
-                            .stride_w = 1,
-                            .steps = amx_steps(args.ci),
+    static constexpr int64_t first_line = 0;
+    const AmxDepth depth = {.steps = amx_steps(args.ci),
+                            .taps = 1,
+                            .places = &first_line,
                             .line = kAmxDepth,
-                            .row = 0,
-                            .column = 0,
+                            .step = 2 * kAmxStep,
                             .plane = kAmxTile,
-                            .panel = 0,
                             .panel_parts = panel_parts};
     static constexpr AmxConfig config{};
     _tile_loadconfig(&config);
@@ -78,7 +74,7 @@ struct WinogradParts {
           const auto compute = both ? (wide ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>)
                                     : (wide ? amx_tiles<1, 2, false> : amx_tiles<1, 1, false>);
           compute(depth, patches, starts, nullptr,
-                  const_cast<float*>(kernels + c / kConvPanel * panel_parts),
+                  const_cast<float*>(kernels + c / kConvPanel * panel_parts), false,
                   products + tile * kWinogradProductRow + c, kWinogradProductRow, nothing);
         }
       }
