@@ -201,6 +201,33 @@ class TestTables:
         monkeypatch.setenv("FASTRES_GPU_TABLE", "none")
         assert self.explain()[0] == "triton:tall"
 
+    def test_what_is_remembered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A choice is looked up once, and again when a variable or a table has changed."""
+        looked = []
+        explain = choice.explain
+
+        def watched(*arguments: object) -> tuple[str, str]:
+            looked.append(arguments)
+            return explain(*arguments)
+
+        monkeypatch.setattr(choice, "explain", watched)
+        x = torch.empty(8, 64, 56, 56, dtype=BF16)
+        w = torch.empty(64, 64, 3, 3, dtype=BF16)
+
+        def chosen() -> str:
+            return choice.choose_conv(x, w, [1, 1], [1, 1], [1, 1], 1, FIRST.op)
+
+        assert {chosen(), chosen()} == {choice.default_choice(FIRST, BF16, "sm_90", 1)}
+        assert len(looked) == 1
+        table = write(tmp_path / "mine.json", {FIRST: "triton:small"})
+        monkeypatch.setenv("FASTRES_GPU_TABLE", str(table))
+        assert chosen() == "triton:small"
+        write(table, {FIRST: "cudnn"})
+        assert chosen() == "cudnn"
+        monkeypatch.setenv("FASTRES_GPU_CONV", "triton")
+        assert chosen().startswith("triton")
+        assert len(looked) == 4
+
     def test_groups_and_dilation_are_aten_s(self, tmp_path: Path) -> None:
         write(tmp_path / "shipped/sm_90.json", {FIRST: "triton:small"})
         x = torch.empty(8, 64, 56, 56, dtype=BF16, device="meta")
