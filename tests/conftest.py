@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
         metavar="I/N",
-        help="every N-th test alone, from the I-th on: N processes run all of them",
+        help="the I-th of N parts of the tests; those that differ by a shape alone are in one",
     )
     parser.addoption(
         "--write-matrix",
@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(matrix.Writer(page))
 
 
+def group_of(item: pytest.Item) -> tuple[str, ...]:
+    """A test without its shape: one process compiles its kernels for all shapes."""
+    parameters = getattr(item, "callspec", None)
+    others = {} if parameters is None else parameters.params
+    shapes = ("conv", "case", "pool", "size")
+    return (item.nodeid.partition("[")[0], *(str(v) for k, v in others.items() if k not in shapes))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need a GPU say so, and are skipped with a reason where there is none."""
     if not config.getoption("--every-configuration"):
@@ -48,9 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=rest)
         items[:] = [item for item in items if not item.get_closest_marker("every_configuration")]
     if part := config.getoption("--part"):
-        first, step = (int(number) for number in part.split("/"))
-        chosen = items[first - 1 :: step]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        number, count = (int(text) for text in part.split("/"))
+        groups = {group: i for i, group in enumerate(dict.fromkeys(map(group_of, items)))}
+        chosen = [item for item in items if groups[group_of(item)] % count == number - 1]
+        rest = [item for item in items if groups[group_of(item)] % count != number - 1]
+        config.hook.pytest_deselected(items=rest)
         items[:] = chosen
     if torch.cuda.is_available():
         return

@@ -71,9 +71,15 @@ def test_tests_run_in_parts_side_by_side(monkeypatch):
 
 @dataclass(frozen=True)
 class Item:
-    """A test without markers."""
+    """A test without markers, of a conv and a dtype."""
 
-    name: int
+    conv: int
+    dtype: str
+    nodeid: str = "test_gpu.py::test"
+
+    @property
+    def callspec(self):
+        return SimpleNamespace(params={"conv": self.conv, "dtype": self.dtype})
 
     def get_closest_marker(self, name):
         return None
@@ -96,14 +102,16 @@ class Config:
 
 def test_parts_are_all_tests_each_once():
     conftest = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
-    items = [Item(i) for i in range(7)]
+    items = [Item(conv, dtype) for conv in range(5) for dtype in "abcdefg"]
     chosen = []
-    for part in ("1/3", "2/3", "3/3"):
+    for part, dtypes in (("1/3", "adg"), ("2/3", "be"), ("3/3", "cf")):
         config, some = Config(part), list(items)
         conftest["pytest_collection_modifyitems"](config, some)
+        # A dtype's kernels are compiled by one process, for all convolutions.
+        assert {item.dtype for item in some} == {*dtypes}
         assert {*some, *config.deselected} == {*items}
         chosen += some
-    assert sorted(item.name for item in chosen) == list(range(7))
+    assert len(chosen) == len(items) == len({*chosen})
 
 
 def test_candidates_beside_what_is_chosen(monkeypatch):
