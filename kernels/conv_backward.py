@@ -29,7 +29,7 @@ from .choice import choose_conv, target_of
 from .conv_gradients import data_gradient, weight_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def conv_stats_bwd_kernel(
     dz,  # (rows, channels)
     z,  # (rows, channels) dtype of dz

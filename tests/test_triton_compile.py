@@ -219,6 +219,7 @@ def stem_cases() -> list[tuple[str, str, str, torch.dtype, int]]:
 def test_stem(
     target: str, tile: str, mode: str, dtype: torch.dtype, size: int, tmp_path: Path
 ) -> None:
+    """Of images with three channels, and with one, which Triton compiles as a constant."""
     config = tiles.tile_of_8_warps(tile, target)
     constants = {
         **dict.fromkeys(ABSENT[mode]),
@@ -236,17 +237,18 @@ def test_stem(
         "BLOCK_DEPTH": 32 if size == 7 else 16,
         "GROUP_ROWS": conv.GROUP_ROWS,
     }
-    compiled = compile_for(
-        conv.conv_fwd_kernel,
-        target,
-        dtype,
-        constants,
-        config.num_warps,
-        config.num_stages,
-        ["input", "weight", "output", "residual"],
-        odd=["in_channels"],
-    )
-    assert_good_code(compiled, target, True, tmp_path)
+    for one in ({}, {"in_channels": 1}):
+        compiled = compile_for(
+            conv.conv_fwd_kernel,
+            target,
+            dtype,
+            {**constants, **one},
+            config.num_warps,
+            config.num_stages,
+            ["input", "weight", "output", "residual"],
+            odd=["in_channels"],
+        )
+        assert_good_code(compiled, target, True, tmp_path)
 
 
 def pointwise_cases() -> list[tuple[str, str, torch.dtype, bool]]:
@@ -444,9 +446,10 @@ ELEMENTWISE_CASES += [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), ELEMENTWISE_CASES, ids=str)
-@pytest.mark.parametrize("target", TARGETS)
-def test_elementwise(target: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def compile_elementwise(
+    target: str, name: str, dtype: torch.dtype, ones: bool = False
+) -> CompiledKernel:
+    """One of ELEMENTWISE; with `ones` as a launch does whose integers are all 1."""
     kernel, num_warps, elements, absent, constants = ELEMENTWISE[name]
     if kernel is bn_add_relu.bn_add_relu_bwd_kernel:
         num_warps = bn_add_relu.backward_warps(dtype)
@@ -460,11 +463,25 @@ def test_elementwise(target: str, name: str, dtype: torch.dtype, tmp_path: Path)
     if elements:
         common["BLOCK_ROWS"], common["BLOCK_CHANNELS"] = row_tile(256, elements)
     constants = {**dict.fromkeys(absent), **common, **constants}
+    if ones:
+        special = [p.name for p in kernel.params if not p.do_not_specialize]
+        constants |= {key: 1 for key in special if key in INTEGERS}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     of_channels = kernel is not conv.fold_bn_kernel
     activations = [key for key in ACTIVATIONS if not (key == "weight" and of_channels)]
-    compiled = compile_for(kernel, target, dtype, constants, num_warps, activations=activations)
-    assert_good_code(compiled, target, False, tmp_path)
+    return compile_for(kernel, target, dtype, constants, num_warps, activations=activations)
+
+
+@pytest.mark.parametrize(("name", "dtype"), ELEMENTWISE_CASES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_elementwise(target: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert_good_code(compile_elementwise(target, name, dtype), target, False, tmp_path)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_of_one_pixel_and_channel(name: str) -> None:
+    """Triton compiles an argument that is 1 as a constant, which not every expression takes."""
+    assert compile_elementwise("sm_90", name, torch.float32, ones=True).asm["cubin"]
 
 
 def test_rows_are_counted_in_32_bits_and_more_are_refused() -> None:
