@@ -313,7 +313,8 @@ def _launch_conv(
     tap_channels = in_channels * weight.shape[3] if lines else in_channels
     block_depth = tile.block_depth(input.dtype)
     if lines:
-        block_depth = min(block_depth, max(16, triton.next_power_of_2(tap_channels)))
+        # In float32 a depth of 16 spills registers.
+        block_depth = min(block_depth, max(32, triton.next_power_of_2(tap_channels)))
     programs = triton.cdiv(rows, tile.block_rows) * triton.cdiv(out_channels, tile.block_columns)
     conv_fwd_kernel[(programs,)](
         input,

@@ -234,7 +234,7 @@ def test_stem(
         "WIDE": False,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_DEPTH": 32 if size == 7 else 16,
+        "BLOCK_DEPTH": 32,
         "GROUP_ROWS": conv.GROUP_ROWS,
     }
     for one in ({}, {"in_channels": 1}):
