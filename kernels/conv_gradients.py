@@ -333,16 +333,18 @@ def sum_parts_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(numel, BLOCK)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
-    first = tl.program_id(1) * group
+    row_out = tl.program_id(0) // blocks
+    first = row_out * group
     last = tl.minimum(first + group, parts)
     total = tl.zeros((BLOCK_PARTS, BLOCK), dtype=tl.float32)
     for start in range(first, last, BLOCK_PARTS):
         row = start + tl.arange(0, BLOCK_PARTS)
         offset = row[:, None].to(tl.int64) * numel + at[None, :]
         total += tl.load(part + offset, mask=(row < last)[:, None] & mask[None, :], other=0.0)
-    offset = tl.program_id(1).to(tl.int64) * numel + at
+    offset = row_out.to(tl.int64) * numel + at
     tl.store(output + offset, tl.sum(total, axis=0).to(output.dtype.element_ty), mask=mask)
 
 
@@ -352,7 +354,8 @@ def sum_parts(part: Tensor, output: Tensor, group: int) -> Tensor:
     In a fixed order. Both are dense; ``numel`` is what is left of the shapes. Returns output.
     """
     parts, numel = part.shape[0], part[0].numel()
-    sum_parts_kernel[(triton.cdiv(numel, SUM_BLOCK), triton.cdiv(parts, group))](
+    # One axis: the others of a grid end at 65,535.
+    sum_parts_kernel[(triton.cdiv(numel, SUM_BLOCK) * triton.cdiv(parts, group),)](
         part,
         output,
         parts,
