@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastres.data import DataError
 from fastres.train.config import ConfigError
-from fastres.train.errors import PeerError
+from fastres.train.errors import PeerError, TrainError
 from fastres.train.meter import Meter
 from fastres.train.model import resolve_device
 
@@ -23,7 +26,7 @@ Value = TypeVar("Value")
 _FAILED = 2  # what a process says to `most` instead of its answer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """This process's place among those that train one model; alone, every method is local.
 
@@ -175,6 +178,25 @@ def connect(device: str) -> Iterator[tuple[Processes, torch.device]]:
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
     group = dist.new_group(backend="gloo") if here.type == "cuda" else dist.group.WORLD
-    yield Processes(dist.get_rank(), size, group), here
-    # After an error the others may still wait for this process; its end is what they see.
+    processes = Processes(dist.get_rank(), size, group)
+    del group
+    try:
+        yield processes, here
+    except (ConfigError, DataError, TrainError) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the wrapped model and its group
+        _disconnect(processes)
+        raise
+    # After any other error a reduction may be under way, in which the others wait for this process
+    # and this one would for them; its end is what they see.
+    _disconnect(processes)
+
+
+def _disconnect(processes: Processes) -> None:
+    """End gloo's threads, which go when nothing holds the groups any more.
+
+    They let go of tensors after those who wait for a result have it, and a thread that does so
+    while Python ends, which takes the tensors' Python objects with it, aborts the process.
+    """
+    processes.group = None
     dist.destroy_process_group()
+    gc.collect()
