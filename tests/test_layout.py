@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"nn", "ops"},
     "fuse": {"models", "nn", "ops"},
     "data": set(),
-    "train": {"data", "models", "version"},
+    "train": {"_C", "data", "models", "version"},
     "export": {"train", "version"},
     "report": {"train", "version"},
     "cuda_graph": set(),

@@ -18,6 +18,7 @@ from fastres.train import checkpoint, config, loop, seed
 from fastres.train import run as run_state
 from fastres.train.early_stopping import EarlyStopping
 from fastres.train.files import write_atomically
+from fastres.train.model import resolve_amp
 from tiny_runs import FEW_EPOCHS, TINY_NAMES, assert_same_end, fit, last, metrics, use_tiny
 
 
@@ -207,6 +208,25 @@ class TestFit:
         with pytest.raises(train.RunFolderError, match=f"{tmp_path} is not empty"):
             fit(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+    @pytest.mark.parametrize(
+        ("device", "capability", "expected"),
+        [
+            ("cpu", "avx512", None),
+            ("cpu", "amx", torch.bfloat16),
+            ("cuda", "avx512", torch.bfloat16),
+        ],
+    )
+    def test_amp_auto_is_bfloat16_where_it_is_fast(
+        self,
+        device: str,
+        capability: str,
+        expected: torch.dtype | None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(fastres._C, "cpu_capability", lambda: capability)
+        assert resolve_amp("auto", torch.device(device)) == expected
+        assert resolve_amp("none", torch.device(device)) is None
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     def test_amp(self, amp: str, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ class TrainConfig:
 
     amp: AmpName = "none"
     """Compute in bfloat16 or float16 where that is safe; the weights stay float32. auto: bfloat16
-    on a GPU (Micikevicius et al. 2018; Kalamkar et al. 2019)."""
+    on a GPU and on a CPU with AMX (Micikevicius et al. 2018; Kalamkar et al. 2019)."""
 
     channels_last: bool = True
     """Keep images and weights in channels_last memory; the answers are the same."""

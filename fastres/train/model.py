@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres import models
+from fastres import _C, models
 from fastres.train.config import AmpName, ConfigError
 
 
@@ -33,9 +33,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_amp(name: AmpName, device: torch.device) -> torch.dtype | None:
-    """The type to compute in under autocast; None is off."""
+    """The type to compute in under autocast; None is off.
+
+    "auto" is bfloat16 where the processor multiplies matrices in it: on a GPU, and on a CPU whose
+    AMX the kernels may use.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else None
+        fast = device.type == "cuda" or _C.cpu_capability() == "amx"
+        return torch.bfloat16 if fast else None
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
