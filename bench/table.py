@@ -96,18 +96,23 @@ def _seeds(record: dict[str, Any]) -> list[str]:
         first, last = line["steps"]
         span = f"{first}" if first == last else f"{first} to {last}"
         lines.append(f"| {span} | {line['fused']:.1e} | {line['plain, other layout']:.1e} |")
+    parted = [line for line in record["largest_gaps"] if line["plain, other layout"] > 0]
+    ratio = max((line["fused"] / line["plain, other layout"] for line in parted), default=0.0)
     found = record["accuracy"]
     verdict = "not " if found["same"] else ""
+    half = (found["interval_high"] - found["interval_low"]) / 2
     return [
         *lines,
         "",
+        f"Fused is at most {ratio:.1f} times as far from plain as plain's other layout is.",
         f"Test accuracy of {len(record['runs'])} seeds, mean and standard deviation: plain "
         f"{found['plain_mean']:.1%} ± {found['plain_deviation']:.1%}, fused "
         f"{found['fused_mean']:.1%} ± {found['fused_deviation']:.1%}; the mean difference, "
         f"{100 * found['difference']:+.1f} points, is {verdict}significantly different "
         f"from zero: its {record['confidence']:.0%} interval (paired t) is "
         f"{100 * found['interval_low']:+.1f} to "
-        f"{100 * found['interval_high']:+.1f}.",
+        f"{100 * found['interval_high']:+.1f}, so that less than {100 * half:.1f} points would not "
+        f"show in {len(record['runs'])} seeds.",
         _circumstances(record, record["case"]),
     ]
 

@@ -186,6 +186,11 @@ def test_accuracies_of_seeds_are_compared_in_pairs():
     assert "| 2 to 10 | 0.0e+00 | 0.0e+00 |" in text
     assert "plain 40.0% ± 7.9%, fused 37.0%" in text
     assert "the mean difference, -3.0 points, is significantly different from zero" in text
+    assert "less than 2.0 points would not show in 5 seeds" in text
+    runs[0]["gaps"][seeds.FUSED] = [0.3, 0.1]
+    runs[0]["gaps"][seeds.OTHER_LAYOUT] = [0.1, 0.0]
+    text = table.markdown([seeds.record(train.TrainConfig(), runs)], "seeds")
+    assert "Fused is at most 3.0 times as far from plain as plain's other layout is." in text
 
 
 def test_gaps_of_losses_are_relative_and_the_largest_of_all_seeds():
