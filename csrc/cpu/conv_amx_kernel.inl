@@ -240,6 +240,10 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   // has to be told once, and does the rest. Asking for every line takes the buffers that the tiles'
   // own loads need.
   constexpr int64_t kAhead = 6 * kAmxPackedStep;
+  // A tile that is stored when none was for a hundred products or more takes the time of 50
+  // products (measured on a Xeon of 2.6 GHz with 2 MB of second level cache a core). One that is
+  // stored for nothing every second step takes next to none, and keeps the others quick.
+  alignas(64) float nothing[kAmxTile];
   _tile_zero(0);
   if (C > 1 || R > 1) _tile_zero(1);
   if (R > 1) _tile_zero(2);
@@ -313,6 +317,7 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
         channels(2), multiply();
         channels(0), multiply();
       }
+      if (current > 0 && current % 2 == 0) _tile_stored(6, nothing, kStride);
       // After the products: what it loads first has just been stored from tiles.
       meanwhile.step();
     }
