@@ -47,7 +47,8 @@ class Graphs:
             try:
                 self._own[module], self._reads[module] = own_graph(module)
             except UntraceableError as problem:
-                self._own[module] = problem
+                # Without its traceback, which would keep the forward's contexts open.
+                self._own[module] = UntraceableError(str(problem))
         return self._own[module]
 
     def reads(self, module: nn.Module, opened: list[str]) -> tuple[Read, ...]:

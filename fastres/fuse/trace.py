@@ -63,6 +63,7 @@ class _OwnForward(Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.before = [state() for state in _SWITCHES.values()]
+        self.switched: str | None = None  # what was found, raised once all contexts are left
 
     def proxy(self, node: Node) -> Proxy:
         return _Proxy(node, self)
@@ -70,7 +71,7 @@ class _OwnForward(Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         for (reason, state), before in zip(_SWITCHES.items(), self.before, strict=True):
             if state() != before:
-                raise UntraceableError(reason)
+                self.switched = self.switched or reason
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -118,7 +119,10 @@ def own_graph(module: nn.Module) -> tuple[Graph, tuple[Read, ...]]:
                     _training(module, mode),
                     computed,
                 ):
-                    graphs.append(_OwnForward().trace(module))
+                    tracer = _OwnForward()
+                    graphs.append(tracer.trace(module))
+                if tracer.switched:
+                    raise UntraceableError(tracer.switched)
     except UntraceableError:
         raise
     except Exception as problem:  # whatever somebody's code raises when it meets a Proxy
