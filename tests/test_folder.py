@@ -1,5 +1,6 @@
 """Own pictures: class folders, checked before training, read by any number of processes."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -342,6 +343,27 @@ class TestBatches:
         made.set_epoch(1)
         list(made)
         assert {child.pid for child in multiprocessing.active_children()} == before
+
+    def test_workers_leave_signals_to_their_parent(self, part: data.PictureSet) -> None:
+        made = batches(part, augment=True, workers=2)
+        others = multiprocessing.active_children()
+        whole = list(made)
+        for process in set(multiprocessing.active_children()) - set(others):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(process.pid, number)
+        assert_equal(whole, iter(made))
+
+    def test_workers_end_with_batches_that_only_a_cycle_holds(self, part: data.PictureSet) -> None:
+        """An error's traceback is one. There the queues may be gone before the iterator is."""
+        made = batches(part, augment=True, workers=2)
+        others = multiprocessing.active_children()
+        list(made)
+        processes = set(multiprocessing.active_children()) - set(others)
+        assert len(processes) == 2
+        made.cycle = made
+        del made
+        gc.collect()
+        assert [process.exitcode for process in processes] == [0, 0]
 
     def test_workers_end_with_their_program(self, pictures: Path) -> None:
         """In whose last moment the batches are still there."""

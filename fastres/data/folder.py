@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
+import multiprocessing.util
 import os
 import signal
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_bool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
 from fastres.data.augment import cutout, normalize
@@ -331,21 +334,39 @@ def _stack(pictures: list[Tensor | DataError]) -> Tensor | DataError:
     return batch
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the parent ends its step, and then us."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class _Workers:
+    """What the processes that read for one loader and their parent tell each other.
 
+    Ctrl-C reaches every process of a terminal, and a batch system's SIGTERM every process of a job:
+    the parent ends its step first, and needs them until then. So they ignore both until the parent
+    has said that they are to end. Without that word its own SIGTERM, the DataLoader's last resort
+    where an iterator is collected together with its queues, would be ignored, too, and Python
+    would wait for them for ever.
+    """
 
-_loaders: weakref.WeakSet[DataLoader[Tensor | DataError]] = weakref.WeakSet()
+    def __init__(self, count: int) -> None:
+        self.ending = RawValue(c_bool, False)
+        self.listening = RawArray(c_bool, count)
 
+    def begin(self, worker: int) -> None:
+        """In the worker process: leave signals to the parent."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.listening[worker] = True
 
-@atexit.register
-def _end_workers() -> None:
-    """Before Python, at its end, waits for workers that it has sent a signal which they ignore."""
-    for loader in _loaders:
-        if (kept := getattr(loader, "_iterator", None)) is not None:
-            kept._shutdown_workers()
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        if self.ending.value:
+            os._exit(0)
+
+    def end_with(self, iterator: Iterator[object], processes: Sequence[BaseProcess]) -> None:
+        """Have the processes end when the iterator or Python does, whichever is first."""
+        multiprocessing.util.Finalize(iterator, self._end, (processes,), exitpriority=100)
+
+    def _end(self, processes: Sequence[BaseProcess]) -> None:
+        self.ending.value = True
+        for listening, process in zip(self.listening, processes, strict=True):
+            if listening and process.is_alive():  # one that does not listen yet would fail by it
+                process.terminate()
 
 
 class PictureBatches(SharedBatches[PictureSet]):
@@ -410,6 +431,7 @@ class PictureBatches(SharedBatches[PictureSet]):
             else evaluation_transform(image_size, resize_size)
         )
         workers = min(workers, len(self))
+        self._workers = _Workers(workers)
         self._places: list[list[tuple[int, int]]] = []  # what the loader reads, batch by batch
         self._loader = DataLoader(
             _Reader(part.paths, transform, seed),
@@ -418,11 +440,9 @@ class PictureBatches(SharedBatches[PictureSet]):
             persistent_workers=workers > 0,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=self._workers.begin if workers else None,
             generator=torch.Generator(),  # its draw for the workers is not taken from torch's own
         )
-        if workers:
-            _loaders.add(self._loader)
         self._iteration = 0
 
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -436,6 +456,8 @@ class PictureBatches(SharedBatches[PictureSet]):
         self._places[:] = [[(self.epoch, i) for i in order[batch].tolist()] for batch in batches]
         self._iteration += 1
         this, loaded = self._iteration, iter(self._loader)
+        if self._iteration == 1 and isinstance(loaded, _MultiProcessingDataLoaderIter):
+            self._workers.end_with(loaded, loaded._workers)
         for batch in batches:
             if self._iteration != this:
                 raise RuntimeError("another iteration of these batches has begun")
