@@ -84,8 +84,9 @@ def run_step(command: Sequence[str], limit: float, grace: float = 20.0) -> Ended
     After `grace` seconds more it is ended.
     """
     started = time.monotonic()
+    heeding = ["env", "--default-signal=INT", *command]  # a shell's background jobs ignore it
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(heeding, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         interrupted = False
         try:
             process.wait(limit)
