@@ -116,7 +116,7 @@ def conv_epilogue(
     # In slices: a whole tile of accumulators, residuals and addresses does not fit the registers.
     BLOCK_COLUMNS: tl.constexpr = acc.shape[1]
     slices = (acc,)
-    if BLOCK_COLUMNS >= 128:
+    if BLOCK_COLUMNS >= 128 or (WIDE and BLOCK_COLUMNS >= 64):
         slices = split_columns(slices[0])
     if BLOCK_COLUMNS >= 256:
         slices = split_columns(slices[0]) + split_columns(slices[1])
