@@ -17,6 +17,13 @@ class ConvTile(NamedTuple):
     def block_depth(self, dtype: torch.dtype) -> int:
         return self.block_depth_bytes // dtype.itemsize
 
+    def block_depth_of_pixels(self, dtype: torch.dtype, wide: bool) -> int:
+        """The weight gradient's, whose steps are pixels: each has an offset of 64 bits if `wide`.
+
+        In float32 there are registers for half as many of them.
+        """
+        return self.block_depth(dtype) // (2 if wide and dtype == torch.float32 else 1)
+
 
 CONV_TILES = {
     "wide": ConvTile(128, 256, 128, 8, 3),

@@ -482,7 +482,8 @@ def weight_gradient(
     """
     rows = rows_of(dz)
     in_channels, out_channels = input.shape[1], dz.shape[1]
-    block_depth = tile.block_depth(dz.dtype)
+    wide = is_wide(dz) or is_wide(input)
+    block_depth = tile.block_depth_of_pixels(dz.dtype, wide)
     tiles = triton.cdiv(out_channels, tile.block_rows) * weight[0, 0].numel()
     tiles *= triton.cdiv(in_channels, tile.block_columns)
     steps = triton.cdiv(rows, block_depth)
@@ -508,7 +509,7 @@ def weight_gradient(
             out_channels,
             **_geometry(weight, stride, padding),
             IN_EPS=in_eps,
-            WIDE=is_wide(dz) or is_wide(input),
+            WIDE=wide,
             BLOCK_ROWS=tile.block_rows,
             BLOCK_COLUMNS=tile.block_columns,
             BLOCK_DEPTH=block_depth,

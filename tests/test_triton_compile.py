@@ -219,7 +219,7 @@ def stem_cases() -> list[tuple[str, str, str, torch.dtype, int]]:
 def test_stem(
     target: str, tile: str, mode: str, dtype: torch.dtype, size: int, tmp_path: Path
 ) -> None:
-    """Of images with three channels, and with one, which Triton compiles as a constant."""
+    """Of images with three channels, with one, which Triton compiles as a constant, and of many."""
     config = tiles.tile_of_8_warps(tile, target)
     constants = {
         **dict.fromkeys(ABSENT[mode]),
@@ -237,12 +237,12 @@ def test_stem(
         "BLOCK_DEPTH": 32,
         "GROUP_ROWS": conv.GROUP_ROWS,
     }
-    for one in ({}, {"in_channels": 1}):
+    for other in ({}, {"in_channels": 1}, {"WIDE": True}):
         compiled = compile_for(
             conv.conv_fwd_kernel,
             target,
             dtype,
-            {**constants, **one},
+            {**constants, **other},
             config.num_warps,
             config.num_stages,
             ["input", "weight", "output", "residual"],
@@ -315,10 +315,7 @@ def gradient_cases() -> list[tuple[str, str, str, str, torch.dtype, str]]:
                 if not choice.has_tensor_cores(target, PRECISION[dtype]):
                     continue
                 half = dtype == torch.float16
-                rare = shape in ("ragged depth", "wide offsets")
-                if (half and (mode, shape) != ("prologue", "3x3")) or (
-                    rare and dtype == torch.float32
-                ):
+                if half and (mode, shape) != ("prologue", "3x3"):
                     continue
                 # What is usual is compiled for each tile in one mode, the fullest for the largest.
                 usual = (mode, dtype, shape) == ("prologue", torch.bfloat16, "3x3") or (
@@ -337,6 +334,9 @@ def test_gradient(
 ) -> None:
     config = tiles.tile_of_8_warps(tile, target)
     size, stride, even, wide = SHAPES[shape]
+    depth = config.block_depth(dtype)
+    if kernel == "wgrad":
+        depth = config.block_depth_of_pixels(dtype, wide)
     absent = [*GRADIENT_MODES[mode][0]]
     if kernel == "dgrad" and mode == "plain":
         absent += ["input", "part_g", "part_gz"]
@@ -353,7 +353,7 @@ def test_gradient(
         "WIDE": wide,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_DEPTH": config.block_depth(dtype),
+        "BLOCK_DEPTH": depth,
         "GROUP_ROWS": conv.GROUP_ROWS,
     }
     function = GRADIENT_KERNELS[kernel]
@@ -447,7 +447,7 @@ ELEMENTWISE_CASES += [
 
 
 def compile_elementwise(
-    target: str, name: str, dtype: torch.dtype, ones: bool = False
+    target: str, name: str, dtype: torch.dtype, *, ones: bool = False, wide: bool = False
 ) -> CompiledKernel:
     """One of ELEMENTWISE; with `ones` as a launch does whose integers are all 1."""
     kernel, num_warps, elements, absent, constants = ELEMENTWISE[name]
@@ -458,7 +458,7 @@ def compile_elementwise(
         "RESIDUAL_EPS": 1e-5,
         "RELU": True,
         "ACC": triton.language.float64 if dtype == torch.float64 else triton.language.float32,
-        "WIDE": False,
+        "WIDE": wide,
     }
     if elements:
         common["BLOCK_ROWS"], common["BLOCK_CHANNELS"] = row_tile(256, elements)
@@ -476,6 +476,19 @@ def compile_elementwise(
 @pytest.mark.parametrize("target", TARGETS)
 def test_elementwise(target: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert_good_code(compile_elementwise(target, name, dtype), target, False, tmp_path)
+
+
+@pytest.mark.every_configuration
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [case for case in ELEMENTWISE_CASES if "WIDE" in ELEMENTWISE[case[0]][0].arg_names],
+    ids=str,
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_elementwise_wide(target: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """With offsets of 64 bits."""
+    compiled = compile_elementwise(target, name, dtype, wide=True)
+    assert_good_code(compiled, target, False, tmp_path)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
