@@ -47,7 +47,10 @@ def _cell(record: dict[str, Any], name: str | None) -> str:
         return "none"
     if "peak_bytes" in record:
         return f"{record['peak_bytes'][name] / 1e6:,.0f} MB"
-    return in_units(record["times"][name])
+    seconds = record["times"][name]
+    if record["suite"].endswith("-train"):
+        return f"{in_units(seconds)}, {record['images'] / seconds:.3g} images/s"
+    return in_units(seconds)
 
 
 def _number(value: float | None) -> str:
