@@ -307,15 +307,12 @@ GRADIENT_KERNELS = {
 
 
 def gradient_cases() -> list[tuple[str, str, str, str, torch.dtype, str]]:
-    """Every tile of every target in every mode, of the 16-bit types bfloat16; see conv_cases."""
+    """Every tile of every target in every mode; see conv_cases."""
     cases = []
     for target, kernel in itertools.product(TARGETS, GRADIENT_KERNELS):
         for tile, mode in itertools.product(tiles.GRADIENT_TILES, GRADIENT_MODES):
             for dtype, shape in itertools.product(DTYPES, GRADIENT_MODES[mode][1]):
                 if not choice.has_tensor_cores(target, PRECISION[dtype]):
-                    continue
-                half = dtype == torch.float16
-                if half and (mode, shape) != ("prologue", "3x3"):
                     continue
                 # What is usual is compiled for each tile in one mode, the fullest for the largest.
                 usual = (mode, dtype, shape) == ("prologue", torch.bfloat16, "3x3") or (
