@@ -66,7 +66,21 @@ class TestRecipe:
         }  # fmt: skip
 
     @pytest.mark.parametrize(
-        ("name", "short"), [("best", {}), ("best-short", {"epochs": 10, "cutout": 4, "ema": 0.99})]
+        ("name", "short"),
+        [
+            ("best", {}),
+            (
+                "best-short",
+                {
+                    "recipe_version": 2,
+                    "epochs": 20,
+                    "batch_size": 128,
+                    "lr": 0.1,
+                    "cutout": 4,
+                    "ema": 0.995,
+                },
+            ),
+        ],
     )
     def test_best_is_what_its_version_says(self, name: Any, short: dict[str, Any]) -> None:
         """All that differs from version 1 of the standard recipe."""
@@ -103,7 +117,8 @@ class TestRecipe:
         result = train.fit(settings, progress=False)
         assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
         stored = json.loads((tmp_path / "config.json").read_text())
-        assert (stored["recipe"], stored["recipe_version"]) == (name, 1)
+        version = train.RECIPES[name].recipe_version
+        assert (stored["recipe"], stored["recipe_version"]) == (name, version)
         assert stored == config.to_dict(settings)
 
     def test_tests_once_what_was_kept(
