@@ -31,9 +31,8 @@ _BEST = TrainConfig(
 RECIPES: dict[RecipeName, TrainConfig] = {
     "standard": TrainConfig(),
     "best": _BEST,
-    # Half the epochs need smaller batches, for as many steps as it takes to learn the images, with
-    # the rate in proportion. Too short for strong regularisation: a smaller square, and an average
-    # over half an epoch.
+    # Half the epochs have smaller batches, for more steps, with the rate in proportion; a smaller
+    # square, and an average over half an epoch.
     "best-short": replace(
         _BEST,
         recipe="best-short",
