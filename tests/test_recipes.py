@@ -72,11 +72,10 @@ class TestRecipe:
             (
                 "best-short",
                 {
-                    "recipe_version": 2,
+                    "recipe_version": 3,
                     "epochs": 20,
                     "batch_size": 128,
-                    "lr": 0.1,
-                    "cutout": 4,
+                    "lr": 0.25,
                     "ema": 0.995,
                 },
             ),
