@@ -179,11 +179,10 @@ struct AmxDepth {
   int64_t panel_parts;    // floats from a panel's parts to the next panel's
 };
 
-// Splits pairs of input channels [pair0, pair1) of a step of a panel: `in` holds `depth` input
-// channels of 16 output channels each, the step's others are zero.
-FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pair0, int pair1,
-                                      float* to) {
-  for (int p = pair0; p < pair1; ++p) {
+// Splits pairs of input channels: `in` holds `depth` input channels of 16 output channels each, the
+// pairs' others are zero.
+FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pairs, float* to) {
+  for (int p = 0; p < pairs; ++p) {
     Floats even = {}, odd = {};
     if (2 * p < depth) even = load(in + 2 * p * kConvPanel);
     if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
@@ -236,10 +235,6 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          AmxMeanwhile& meanwhile) {
   static_assert(C == 1 ? R <= 4 : C == 2 && R <= 2 && !kSplit);
   constexpr int kStride = 64;  // bytes of a tile's row of weights
-  // Weights are asked for so far ahead, a line a step: at the next page, the hardware's prefetcher
-  // has to be told once, and does the rest. Asking for every line takes the buffers that the tiles'
-  // own loads need.
-  constexpr int64_t kAhead = 6 * kAmxPackedStep;
   // A tile that is stored when none was for a hundred products or more takes the time of 50
   // products (measured on a Xeon of 2.6 GHz with 2 MB of second level cache a core). One that is
   // stored for nothing every second step takes next to none, and keeps the others quick.
@@ -251,10 +246,12 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   int64_t split_steps = 0;
   const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
     if (!kSplit || split_steps == d.steps * d.taps) return;
-    const float* in = weight + split_steps * kAmxPackedStep;
-    if (quarter == 0) __builtin_prefetch(in + kAhead, 0, 2);
-    amx_split_weights(in, kAmxDepth, 4 * quarter, 4 * quarter + 4,
-                      parts + (ring ? split_steps % 2 : split_steps) * kAmxStep);
+    constexpr int streams = kAmxStreams / 4, pairs = kAmxStreamDepth / 2;
+    float* step = parts + (ring ? split_steps % 2 : split_steps) * kAmxStep;
+    for (int i = quarter * streams; i < (quarter + 1) * streams; ++i) {
+      amx_split_weights(weight + (i * d.steps * d.taps + split_steps) * kAmxStreamStep,
+                        kAmxStreamDepth, pairs, step + i * pairs * kConvPanel);
+    }
     if (quarter == 3) ++split_steps;
   };
   for (int quarter = 0; quarter < 4; ++quarter) split(quarter);
@@ -565,25 +562,29 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
 inline void amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   const bool by_rows = amx_takes_rows(w.ci, w.kw);
   const int64_t taps = by_rows ? w.kh : w.kh * w.kw, steps = by_rows ? 1 : amx_steps(w.ci);
+  alignas(64) float step[kAmxPackedStep];
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     float* out = packed + panel * steps * taps * kAmxPackedStep;
     const float* in = w.data + panel * kConvPanel * w.stride_o;
     const int count = static_cast<int>(min<int64_t>(kConvPanel, w.co - panel * kConvPanel));
     for (int64_t k = 0; k < steps; ++k) {
-      for (int64_t tap = 0; tap < taps; ++tap, out += kAmxPackedStep) {
+      for (int64_t tap = 0; tap < taps; ++tap, out += kAmxStreamStep) {
         int64_t filled = 0;
         if (by_rows) {
           for (int64_t v = 0; v < w.kw; ++v, filled += w.ci) {
             conv_pack_tap(w, in + tap * w.stride_h + v * w.stride_w, 0, w.ci, count,
-                          out + filled * kConvPanel);
+                          step + filled * kConvPanel);
           }
         } else {
-          const int64_t i0 = k * kAmxDepth, i1 = min(i0 + kAmxDepth, w.ci);
-          conv_pack_tap(w, in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w, i0, i1, count,
-                        out - i0 * kConvPanel);
-          filled = i1 - i0;
+          filled = min<int64_t>(kAmxDepth, w.ci - k * kAmxDepth);
+          const float* first = in + tap / w.kw * w.stride_h + tap % w.kw * w.stride_w;
+          conv_pack_tap(w, first + k * kAmxDepth * w.stride_i, 0, filled, count, step);
         }
-        conv_zero(out + filled * kConvPanel, kAmxPackedStep - filled * kConvPanel);
+        conv_zero(step + filled * kConvPanel, kAmxPackedStep - filled * kConvPanel);
+        for (int64_t i = 0; i < kAmxPackedStep; i += kFloatLanes) {
+          const int64_t stream = i / kAmxStreamStep, at = i % kAmxStreamStep;
+          store(out + stream * steps * taps * kAmxStreamStep + at, load(step + i));
+        }
       }
     }
   }

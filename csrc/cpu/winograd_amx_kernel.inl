@@ -91,7 +91,7 @@ void winograd_split(const float* packed, int64_t ci, float* parts, int64_t begin
                       i % kPositions * winograd_stride(ci * kConvPanel);
     float* to = parts + i * amx_panel_floats(1, ci);
     for (int64_t c = 0; c < ci; c += kAmxDepth, to += kAmxStep) {
-      amx_split_weights(in + c * kConvPanel, min<int64_t>(ci - c, kAmxDepth), 0, kAmxDepth / 2, to);
+      amx_split_weights(in + c * kConvPanel, min<int64_t>(ci - c, kAmxDepth), kAmxDepth / 2, to);
     }
   }
 }
