@@ -33,8 +33,8 @@ constexpr int64_t amx_steps(int64_t channels) { return (channels + kAmxDepth - 1
 
 // A panel's weights as they are packed, [stream][step][tap][4 input channels][16 output channels],
 // and in parts, [step][tap][part][channel pair][16 output channels][2]. A step comes from all
-// streams: the hardware's prefetcher runs a number of lines ahead in each, and so eight times as far
-// ahead of the products as it would in one.
+// streams: the hardware's prefetcher runs a number of lines ahead in each, and so eight times as
+// far ahead of the products as it would in one.
 inline constexpr int64_t kAmxPackedStep = kAmxDepth * kConvPanel;
 inline constexpr int kAmxStreams = 8;
 inline constexpr int kAmxStreamDepth = kAmxDepth / kAmxStreams;
