@@ -235,8 +235,8 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          AmxMeanwhile& meanwhile) {
   static_assert(C == 1 ? R <= 4 : C == 2 && R <= 2 && !kSplit);
   constexpr int kStride = 64;  // bytes of a tile's row of weights
-  // A product waits for the one before of the same sums: one or two tiles have several sums each,
-  // and with kSplit `out` has room for four tiles.
+  // One or two tiles have several sums each, which are shorter chains and lose less to rounding; a
+  // product also waits for the one before of the same sums. With kSplit `out` has room for four.
   constexpr bool kApart = kSplit && R <= 2;
   // A tile that is stored when none was for a hundred products or more takes the time of 50
   // products (measured on a Xeon of 2.6 GHz with 2 MB of second level cache a core). One that is
