@@ -235,17 +235,14 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          AmxMeanwhile& meanwhile) {
   static_assert(C == 1 ? R <= 4 : C == 2 && R <= 2 && !kSplit);
   constexpr int kStride = 64;  // bytes of a tile's row of weights
-  // One or two tiles have several sums each, which are shorter chains and lose less to rounding; a
-  // product also waits for the one before of the same sums. With kSplit `out` has room for four.
-  constexpr bool kApart = kSplit && R <= 2;
   // A tile that is stored when none was for a hundred products or more takes the time of 50
   // products (measured on a Xeon of 2.6 GHz with 2 MB of second level cache a core). One that is
   // stored for nothing every second step takes next to none, and keeps the others quick.
   alignas(64) float nothing[kAmxTile];
   _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (C > 1 || R > 1) _tile_zero(1);
+  if (R > 1) _tile_zero(2);
+  if (R > 1) _tile_zero(3);
   int64_t split_steps = 0;
   const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
     if (!kSplit || split_steps == d.steps * d.taps) return;
@@ -279,30 +276,12 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
           if (R > 1) _tile_dpbf16ps(1, 5, 6);
         };
         const auto by_other = [&]() FASTRES_LAMBDA_INLINE {
-          if (R == 1 && kApart) {
-            _tile_dpbf16ps(1, 4, 7);
-          } else {
-            _tile_dpbf16ps(0, 4, 7);
-          }
+          _tile_dpbf16ps(0, 4, 7);
           if (R > 1) _tile_dpbf16ps(1, 5, 7);
         };
-        const auto by_first_apart = [&]() FASTRES_LAMBDA_INLINE {
-          if (!kApart) return by_first();
-          _tile_dpbf16ps(2, 4, 6);
-          if (R > 1) _tile_dpbf16ps(3, 5, 6);
-        };
-        const auto by_other_apart = [&]() FASTRES_LAMBDA_INLINE {
-          if (!kApart) return by_other();
-          if (R == 1) {
-            _tile_dpbf16ps(3, 4, 7);
-          } else {
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        };
         pixels(0, 2), first(), by_first(), split(0);
-        pixels(0, 1), by_first_apart(), other(1), by_other(), split(1);
-        pixels(0, 0), by_other_apart(), other(2), by_other(), by_first_apart(), split(2);
+        pixels(0, 1), by_first(), other(1), by_other(), split(1);
+        pixels(0, 0), by_other(), other(2), by_other(), by_first(), split(2);
         if constexpr (R > 2) {
           const auto by_first_below = [&]() FASTRES_LAMBDA_INLINE {
             _tile_dpbf16ps(2, 4, 6);
@@ -342,16 +321,9 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   }
   _tile_stored(0, out, row * 4);
   if constexpr (C == 1) {
-    if (R > 1 || kApart) _tile_stored(1, out + kAmxRows * row, row * 4);
-    if (R > 2 || kApart) _tile_stored(2, out + 2 * kAmxRows * row, row * 4);
-    if (R > 3 || kApart) _tile_stored(3, out + 3 * kAmxRows * row, row * 4);
-    if constexpr (kApart) {
-      for (int m = 0; m < R * kAmxRows; ++m, out += row) {
-        Floats sum = load(out + R * kAmxRows * row);
-        if (R == 1) sum += load(out + 2 * kAmxRows * row) + load(out + 3 * kAmxRows * row);
-        store(out, load(out) + sum);
-      }
-    }
+    if (R > 1) _tile_stored(1, out + kAmxRows * row, row * 4);
+    if (R > 2) _tile_stored(2, out + 2 * kAmxRows * row, row * 4);
+    if (R > 3) _tile_stored(3, out + 3 * kAmxRows * row, row * 4);
   } else {
     _tile_stored(1, out + kAmxRows, row * 4);
     if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
