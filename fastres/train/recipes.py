@@ -32,7 +32,7 @@ RECIPES: dict[RecipeName, TrainConfig] = {
     "standard": TrainConfig(),
     "best": _BEST,
     # Half the epochs have smaller batches, for more steps, and a higher rate for an image, which
-    # holds the weights back as long training would; an average over half an epoch.
+    # regularises (Smith and Topin 2019); an average over half an epoch.
     "best-short": replace(
         _BEST,
         recipe="best-short",
