@@ -15,12 +15,14 @@ FASTRES_INLINE Floats amx_high(Floats x) {
 }
 
 // x rounded to a bfloat16. Parts that are cut off have x's sign, and so do all the products that
-// are left out: one operand's parts are rounded, or errors would add up from layer to layer.
+// are left out: one operand's parts are rounded, or errors would add up from layer to layer. A
+// convolution's are the pixels', which are split once a block, while the weights may be split for
+// every few pixels.
 FASTRES_INLINE Floats amx_rounded(Floats x) {
   return bit_cast<Floats>((bit_cast<Uints>(x) + 0x8000) & 0xffff0000);
 }
 
-// The bfloat16 of two vectors that hold nothing else, the first in the lower half of each pair.
+// Two vectors cut off to bfloat16, the first in the lower half of each pair.
 FASTRES_INLINE __m512i amx_pair(Floats first, Floats second) {
   const __m512i upper = _mm512_maskz_srli_epi32(0xffff, bit_cast<__m512i>(first), 16);
   return _mm512_mask_blend_epi16(0xaaaaaaaa, upper, bit_cast<__m512i>(second));
@@ -31,11 +33,11 @@ template <bool kRounded>
 FASTRES_INLINE void amx_split_pairs(uint16_t* out, int64_t part, Floats first, Floats second) {
 #pragma GCC unroll 3
   for (int i = 0; i < kAmxParts; ++i, out += part) {
-    const Floats a = kRounded ? amx_rounded(first) : amx_high(first);
-    const Floats b = kRounded ? amx_rounded(second) : amx_high(second);
+    const Floats a = kRounded ? amx_rounded(first) : first;
+    const Floats b = kRounded ? amx_rounded(second) : second;
     _mm512_store_si512(out, amx_pair(a, b));
-    first -= a;
-    second -= b;
+    first -= amx_high(a);
+    second -= amx_high(b);
   }
 }
 
@@ -51,9 +53,9 @@ FASTRES_INLINE void amx_store(float* to, Floats first, Floats second) {
 
 // The three parts of 32 channels, each `plane` floats after the other.
 FASTRES_INLINE void amx_split(Floats a, Floats b, float* to, int64_t plane) {
-  const Floats high_a = amx_high(a), high_b = amx_high(b);
+  const Floats high_a = amx_rounded(a), high_b = amx_rounded(b);
   const Floats rest_a = a - high_a, rest_b = b - high_b;
-  const Floats middle_a = amx_high(rest_a), middle_b = amx_high(rest_b);
+  const Floats middle_a = amx_rounded(rest_a), middle_b = amx_rounded(rest_b);
   amx_store(to, high_a, high_b);
   amx_store(to + plane, middle_a, middle_b);
   amx_store(to + 2 * plane, rest_a - middle_a, rest_b - middle_b);
@@ -186,8 +188,8 @@ FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pairs,
     Floats even = {}, odd = {};
     if (2 * p < depth) even = load(in + 2 * p * kConvPanel);
     if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
-    amx_split_pairs<true>(reinterpret_cast<uint16_t*>(to + p * kConvPanel), 2 * kAmxTile, even,
-                          odd);
+    amx_split_pairs<false>(reinterpret_cast<uint16_t*>(to + p * kConvPanel), 2 * kAmxTile, even,
+                           odd);
   }
 }
 
