@@ -7,6 +7,7 @@
 #include "conv_amx.h"
 #include "conv_blocks.h"
 #include "conv_log.h"
+#include "conv_unit.h"
 #include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
@@ -68,13 +69,20 @@ ConvShape check_sizes(const char* op, Sizes input, Sizes weight, const std::vect
   return s;
 }
 
+// Of images that will have the sizes `input`, beside `images`.
+ConvShape check_convolution(const char* op, const Tensor& images, Sizes input, const Tensor& weight,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups) {
+  check_weight(op, weight);
+  check_same_dtype(op, "weight", weight, "input", images);
+  return check_sizes(op, input, weight.sizes(), stride, padding, dilation, groups);
+}
+
 ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& weight,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {
   check_images(op, "input", input);
-  check_weight(op, weight);
-  check_same_dtype(op, "weight", weight, "input", input);
-  return check_sizes(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+  return check_convolution(op, input, input.sizes(), weight, stride, padding, dilation, groups);
 }
 
 // Length of the weights in the form that an algorithm other than aten reads.
@@ -461,68 +469,97 @@ std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<
   return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 
+namespace {
+
+constexpr const char* kConvBnRelu = "conv_bn_relu";
+
+}  // namespace
+
+ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, const Tensor& weight,
+                   const OptionalTensor& bias, const Tensor& running_mean,
+                   const Tensor& running_var, const OptionalTensor& bn_weight,
+                   const OptionalTensor& bn_bias, double eps, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                   int64_t groups, bool relu, const OptionalTensor& packed)
+    : shape_(check_convolution(kConvBnRelu, images, {input.data(), input.size()}, weight, stride,
+                               padding, dilation, groups)),
+      dtype_(check_dtype(kConvBnRelu, "input", images)),
+      type_(images.scalar_type()),
+      weight_(weight),
+      packed_(packed),
+      relu_(relu) {
+  const ConvShape& s = shape_;
+  const auto vector = [&](const char* name, const auto& t) {
+    return check_channel_vector(kConvBnRelu, name, t, s.co, type_);
+  };
+  BatchNorm bn(vector("running_mean", running_mean), vector("running_var", running_var),
+               vector("bn_weight", bn_weight), vector("bn_bias", bn_bias), eps);
+  const std::vector<double> bias_values = channel_values(vector("bias", bias), s.co, 0.0);
+  if (packed.has_value()) {
+    check_cpu(kConvBnRelu, "packed", *packed);
+    if (packed->dim() != 1 || packed->scalar_type() != ScalarType::Float ||
+        !packed->is_contiguous()) {
+      fail(kConvBnRelu, "packed must be a contiguous float32 vector, got ",
+           dtype_string(packed->scalar_type()), " of shape ", shape_string(*packed));
+    }
+  }
+  const Choice choice = choose_algorithm(s, dtype_, form_of(s, packed));
+  algorithm_ = choice.algorithm;
+  reason_ = choice.reason;
+  for (int64_t c = 0; c < s.co; ++c) bn.mean[c] -= bias_values[c];
+  if (algorithm_ == Algorithm::aten) {
+    mean_ = std::move(bn.mean);
+    scale_ = std::move(bn.scale);
+    bias_ = std::move(bn.bias);
+  } else {
+    for (int64_t c = 0; c < s.co; ++c) bn.bias[c] -= bn.mean[c] * bn.scale[c];
+    folded_scale_ = padded_vector(bn.scale);
+    folded_shift_ = padded_vector(bn.bias);
+  }
+}
+
+Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const {
+  const std::array<int64_t, 4> sizes = output();
+  OptionalTensor residual_rows;
+  if (residual.has_value()) {
+    check_images(kConvBnRelu, "residual", *residual);
+    check_same_dtype(kConvBnRelu, "residual", *residual, "input", input);
+    if (!std::equal(sizes.begin(), sizes.end(), residual->sizes().begin())) {
+      fail(kConvBnRelu, "residual must be of shape ", shape_string(sizes), ", got ",
+           shape_string(*residual));
+    }
+    residual_rows = as_channels_last(*residual);
+  }
+  if (shape_.pixels() == 0) return empty_channels_last(sizes, type_);
+  log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
+  if (algorithm_ == Algorithm::aten) {
+    const Tensor z = aten_convolution(input, weight_, shape_);
+    apply_bn(z, residual_rows, z, dtype_, mean_, scale_, bias_, relu_);
+    return z;
+  }
+  Tensor y = empty_channels_last(sizes, type_);
+  PackedConv conv(input, weight_, packed_, shape_, algorithm_);
+  conv.args.output = y.mutable_data_ptr();
+  conv.args.stream = streams(y);
+  conv.args.scale = folded_scale_.floats();
+  conv.args.shift = folded_shift_.floats();
+  conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
+  conv.args.relu = relu_;
+  conv.run(shape_, dtype_, false);
+  return y;
+}
+
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     const Tensor& running_mean, const Tensor& running_var,
                     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
                     const OptionalTensor& residual, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                     int64_t groups, bool relu, const OptionalTensor& packed) {
-  const char* op = "conv_bn_relu";
-  const ConvShape s = check_convolution(op, input, weight, stride, padding, dilation, groups);
-  const DType dtype = check_dtype(op, "input", input);
-  const ScalarType type = input.scalar_type();
-  const auto vector = [&](const char* name, const auto& t) {
-    return check_channel_vector(op, name, t, s.co, type);
-  };
-  const BatchNorm bn(vector("running_mean", running_mean), vector("running_var", running_var),
-                     vector("bn_weight", bn_weight), vector("bn_bias", bn_bias), eps);
-  const std::vector<double> bias_values = channel_values(vector("bias", bias), s.co, 0.0);
-  if (packed.has_value()) {
-    check_cpu(op, "packed", *packed);
-    if (packed->dim() != 1 || packed->scalar_type() != ScalarType::Float ||
-        !packed->is_contiguous()) {
-      fail(op, "packed must be a contiguous float32 vector, got ",
-           dtype_string(packed->scalar_type()), " of shape ", shape_string(*packed));
-    }
-  }
-  const std::array<int64_t, 4> output = s.output();
-  OptionalTensor residual_rows;
-  if (residual.has_value()) {
-    check_images(op, "residual", *residual);
-    check_same_dtype(op, "residual", *residual, "input", input);
-    for (int d = 0; d < 4; ++d) {
-      if (residual->size(d) != output[d]) {
-        fail(op, "residual must be of shape ", shape_string(output), ", got ",
-             shape_string(*residual));
-      }
-    }
-    residual_rows = as_channels_last(*residual);
-  }
-
-  if (s.pixels() == 0) return empty_channels_last(output, type);
-  const auto [algorithm, reason] = choose_algorithm(s, dtype, form_of(s, packed));
-  log_convolution(op, s, dtype, algorithm_name(algorithm), reason);
-  if (algorithm == Algorithm::aten) {
-    const Tensor z = aten_convolution(input, weight, s);
-    std::vector<double> mean = bn.mean;
-    for (int64_t c = 0; c < s.co; ++c) mean[c] -= bias_values[c];
-    apply_bn(z, residual_rows, z, dtype, mean, bn.scale, bn.bias, relu);
-    return z;
-  }
-  std::vector<double> shift = bn.bias;
-  for (int64_t c = 0; c < s.co; ++c) shift[c] += (bias_values[c] - bn.mean[c]) * bn.scale[c];
-  const Scratch scale_floats = padded_vector(bn.scale);
-  const Scratch shift_floats = padded_vector(shift);
-  Tensor y = empty_channels_last(output, type);
-  PackedConv conv(input, weight, packed, s, algorithm);
-  conv.args.output = y.mutable_data_ptr();
-  conv.args.stream = streams(y);
-  conv.args.scale = scale_floats.floats();
-  conv.args.shift = shift_floats.floats();
-  conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
-  conv.args.relu = relu;
-  conv.run(s, dtype, false);
-  return y;
+  check_images(kConvBnRelu, "input", input);
+  const std::array<int64_t, 4> sizes = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  return ConvUnit(input, sizes, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps,
+                  stride, padding, dilation, groups, relu, packed)
+      .run(input, residual);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(

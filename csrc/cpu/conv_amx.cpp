@@ -104,7 +104,7 @@ int64_t amx_packed_floats(const ConvShape& s) {
 
 bool amx_pays(const ConvShape& s) {
   // A step's first tiles wait for its weights, which few pixels do not repay.
-  constexpr int64_t fewest_channels = 16, fewest_pixels = 40;
+  constexpr int64_t fewest_channels = 16, fewest_pixels = 16;
   return (s.ci >= fewest_channels || amx_takes_rows(s.ci, s.kw)) &&
          (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 && s.dilation[0] == 1 &&
          s.dilation[1] == 1;

@@ -1,8 +1,7 @@
 // Several conv_bn_relu in one call, without the way through the dispatcher and back for each.
 #include <algorithm>
 
-#include "ops.h"
-#include "tensor_checks.h"
+#include "conv_unit.h"
 
 namespace fastres::cpu {
 namespace {
@@ -58,18 +57,29 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
     check_tensor("packed", u.packed, -1);
   }
 
+  check_images(op, "input", input);
+  std::vector<std::array<int64_t, 4>> sizes = {
+      {input.size(0), input.size(1), input.size(2), input.size(3)}};
+  std::vector<ConvUnit> prepared;
+  for (int64_t i = 0; i < units; ++i) {
+    const Unit& u = unit[i];
+    const auto given = [&](int64_t index) {
+      return index < 0 ? OptionalTensor() : OptionalTensor(tensors[index]);
+    };
+    prepared.emplace_back(input, sizes[u.source], tensors[u.weight], given(u.bias),
+                          tensors[u.running_mean], tensors[u.running_var], given(u.bn_weight),
+                          given(u.bn_bias), eps[i], std::vector{u.stride_h, u.stride_w},
+                          std::vector{u.padding_h, u.padding_w},
+                          std::vector{u.dilation_h, u.dilation_w}, u.groups, u.relu != 0,
+                          given(u.packed));
+    sizes.push_back(prepared.back().output());
+  }
   std::vector<OptionalTensor> results(units + 1);
   results[0] = input;
   for (int64_t i = 0; i < units; ++i) {
     const Unit& u = unit[i];
-    const auto given = [](const auto& list, int64_t index) {
-      return index < 0 ? OptionalTensor() : OptionalTensor(list[index]);
-    };
-    results[i + 1] = conv_bn_relu(
-        *results[u.source], tensors[u.weight], given(tensors, u.bias), tensors[u.running_mean],
-        tensors[u.running_var], given(tensors, u.bn_weight), given(tensors, u.bn_bias), eps[i],
-        given(results, u.residual), {u.stride_h, u.stride_w}, {u.padding_h, u.padding_w},
-        {u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(tensors, u.packed));
+    results[i + 1] = prepared[i].run(*results[u.source],
+                                     u.residual < 0 ? OptionalTensor() : results[u.residual]);
     if (last_use[u.source] == i) results[u.source].reset();
     if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
   }
