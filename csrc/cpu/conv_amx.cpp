@@ -103,11 +103,12 @@ int64_t amx_packed_floats(const ConvShape& s) {
 }
 
 bool amx_pays(const ConvShape& s) {
-  // A step's first tiles wait for its weights, which few pixels do not repay.
-  constexpr int64_t fewest_channels = 16, fewest_pixels = 16;
-  return (s.ci >= fewest_channels || amx_takes_rows(s.ci, s.kw)) &&
-         (s.n == 0 || s.pixels() >= fewest_pixels) && s.groups == 1 && s.dilation[0] == 1 &&
-         s.dilation[1] == 1;
+  // A panel's first tiles wait for its weights, which few pixels repay in long sums only.
+  constexpr int64_t fewest_channels = 16, fewest_pixels = 16, enough_pixels = 40, long_sum = 1024;
+  const bool repays = s.pixels() >= enough_pixels ||
+                      (s.pixels() >= fewest_pixels && s.ci * s.kh * s.kw >= long_sum);
+  return (s.ci >= fewest_channels || amx_takes_rows(s.ci, s.kw)) && (s.n == 0 || repays) &&
+         s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1;
 }
 
 std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType dtype,
