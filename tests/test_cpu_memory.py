@@ -74,6 +74,46 @@ assert peak() - before < 300 << 20, (before, peak())
     assert run.returncode == 0, run.stderr
 
 
+@gives_memory_away
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_memory_goes_back_to_the_system_with_its_last_block() -> None:
+    """Small results share mappings, large ones have their own."""
+    script = """
+import resource, torch
+from fastres import _C, ops
+_C.set_kept_memory_limit(1 << 30)
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+small = torch.ones(1, 64, 40, 40).contiguous(memory_format=torch.channels_last)  # 0.4 MB
+large = torch.ones(1, 64, 160, 160).contiguous(memory_format=torch.channels_last)  # 6.6 MB
+ops.add_relu(small, small), ops.add_relu(large, large)
+_C.set_kept_memory_limit(0)
+_C.set_kept_memory_limit(1 << 30)
+before = resident()
+results = [ops.add_relu(x, x) for x in [small, large] * 40]
+assert resident() - before > 260 << 20
+one = results[40]
+assert all(bool((y == 2).all()) for y in results)
+del results
+_C.set_kept_memory_limit(0)
+assert resident() - before < 30 << 20, (before, resident())
+assert bool((one == 2).all())
+"""
+    run = run_python(script)
+    assert run.returncode == 0, run.stderr
+
+
+@gives_memory_away
+def test_packed_weights_are_not_given_to_another() -> None:
+    weight = torch.randn(64, 64, 3, 3)
+    packed = ops.pack_conv_weight(weight, [1, 1], [1, 1], [1, 1])
+    copy = packed.clone()
+    _C.set_kept_memory_limit(0)
+    _C.set_kept_memory_limit(64 << 20)
+    for _ in range(20):
+        assert large().data_ptr() != packed.data_ptr()
+    assert packed.equal(copy)
+
+
 def test_results_of_many_threads() -> None:
     def right(i: int) -> bool:
         return all(bool((large(i + 1.0) == 2 * (i + 1.0)).all()) for _ in range(20))

@@ -442,7 +442,7 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
                     padding, dilation, groups, input_size);
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
   const Algorithm form = cheapest_algorithm(s, false);
-  Tensor packed = empty_vector(packed_floats(s, form), ScalarType::Float);
+  Tensor packed = empty_floats(packed_floats(s, form));
   if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }

@@ -1,5 +1,6 @@
 // conv_bn_relu in two steps: what does not need the images comes first. A chain takes that step for
-// all its units before the first convolution, whose weights drive the code for it out of the caches.
+// all its units before the first convolution, whose weights drive the code for it out of the
+// caches.
 #pragma once
 
 #include <array>

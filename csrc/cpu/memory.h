@@ -47,6 +47,9 @@ inline Scratch scratch_floats(int64_t count) {
 torch::stable::Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                           torch::headeronly::ScalarType type);
 
+// An uninitialised vector of float32, in kept memory where it is large.
+torch::stable::Tensor empty_floats(int64_t count);
+
 // Whether kernels should write this result past the caches: a large one of float32, whose channels
 // fill cache lines, in kept memory. (Fresh pages take such writes 1.6 times more slowly.)
 bool streams(const torch::stable::Tensor& output);
