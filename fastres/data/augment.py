@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastres.data.draws import FLIP, generator
+
 # Elements of large pictures that are computed at a time: they stay in a core's cache, and torch
 # leaves so few to one core, while the others read the next pictures.
 PIECE = 2**15 - 1
+
+FlipName = Literal["random", "alternating"]
+
+
+def alternating_flips(n: int, seed: int, epoch: int) -> Tensor:
+    """(n,) bool: whether each of `n` images is mirrored in `epoch`, a function of all three.
+
+    A fair coin decides the first epoch; from then on an image is mirrored in every second epoch, so
+    that two epochs in a row have both sides of every image (Jordan 2024, "94% on CIFAR-10 in 3.29
+    Seconds on a Single GPU", section 3.6). Independent coins show the same side again half the
+    time.
+    """
+    first = torch.randint(2, (n,), generator=generator(FLIP, seed))
+    return (first + epoch) % 2 == 1
 
 
 def random_crop_flip(

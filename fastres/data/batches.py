@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastres.data.augment import cutout, normalize, random_crop_flip
+from fastres.data.augment import (
+    FlipName,
+    alternating_flips,
+    cutout,
+    normalize,
+    random_crop_flip,
+)
 from fastres.data.datasets import ImageSet
 from fastres.data.draws import EPOCH, SPLIT, generator
 from fastres.data.errors import DataError
@@ -34,8 +40,8 @@ class Batches(SharedBatches[ImageSet]):
     """Batches of normalised float32 images (N, C, H, W) and their labels (N,).
 
     Without augmentation: the images in their own order. With it: shuffled, each image cropped at
-    random out of itself padded with `padding` zeros, mirrored with probability one half, and a
-    square of `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch);
+    random out of itself padded with `padding` zeros, mirrored in half of the epochs, and a square
+    of `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch);
     call `set_epoch` before each epoch.
 
     No worker prepares batches ahead: on a GPU one is a few kernels that are queued while the step
@@ -49,6 +55,8 @@ class Batches(SharedBatches[ImageSet]):
         augment: shuffle, crop, flip and cut out.
         seed: of the order and of the augmentation.
         padding: pixels on every side of which the crop is taken.
+        flip: which images are mirrored: "random", drawn anew every epoch, or "alternating", each in
+            every second epoch.
         cutout: side of the square in pixels; 0 is none.
         channels_last: the batches' memory layout.
         share: (rank, size): of several processes, each takes its part of every batch; the parts
@@ -65,6 +73,7 @@ class Batches(SharedBatches[ImageSet]):
         augment: bool = False,
         seed: int = 0,
         padding: int = 4,
+        flip: FlipName = "random",
         cutout: int = 0,
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
@@ -75,6 +84,7 @@ class Batches(SharedBatches[ImageSet]):
         self.augment = augment
         self.seed = seed
         self.padding = padding
+        self.flip = flip
         self.cutout = cutout
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -88,9 +98,13 @@ class Batches(SharedBatches[ImageSet]):
                 yield images.contiguous(memory_format=self.layout), self.part.labels[batch]
             return
         draw = generator(EPOCH, self.seed, self.epoch)
-        order = torch.randperm(n, generator=draw).to(device)
+        order = torch.randperm(n, generator=draw)
         top, left = torch.randint(2 * self.padding + 1, (2, n), generator=draw).to(device)
-        flip = torch.randint(2, (n,), generator=draw).bool().to(device)
+        flip = torch.randint(2, (n,), generator=draw).bool()  # drawn either way, as what follows
+        if self.flip == "alternating":
+            flip = alternating_flips(n, self.seed, self.epoch)[order]
+        flip = flip.to(device)
+        order = order.to(device)
         pixels = self.part.images.permute(0, 2, 3, 1)
         h, w = self.part.images.shape[2:]  # the centres are drawn last, so the rest is as without
         row, column = (torch.randint(size, (n,), generator=draw).to(device) for size in (h, w))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # Streams of draws, the first part of a key, so that no two purposes share one.
-SPLIT, EPOCH, PICTURE = 1, 2, 3
+SPLIT, EPOCH, PICTURE, FLIP = 1, 2, 3, 4
 
 
 def seed_of(*key: int) -> int:

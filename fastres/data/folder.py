@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
-from fastres.data.augment import cutout, normalize
+from fastres.data.augment import FlipName, alternating_flips, cutout, normalize
 from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
 from fastres.data.errors import DataError
 from fastres.data.shares import SharedBatches
@@ -282,8 +282,8 @@ def resize_size(image_size: int) -> int:
     return image_size if image_size <= LARGEST_SMALL_SIZE else round(image_size / 0.875)
 
 
-def training_transform(image_size: int) -> v2.Transform:
-    """A random crop, mirrored with probability one half: a picture to (3, H, W) uint8.
+def training_transform(image_size: int, flip: FlipName) -> v2.Transform:
+    """A random crop, if `flip` is "random" with a random mirroring: a picture to (3, H, W) uint8.
 
     The crop is a random resized one, as for ImageNet; of small pictures, as for CIFAR-10, one out
     of the whole picture with an eighth of its size in zeros around it.
@@ -291,7 +291,8 @@ def training_transform(image_size: int) -> v2.Transform:
     crop: list[v2.Transform] = [v2.RandomResizedCrop(image_size)]
     if image_size <= LARGEST_SMALL_SIZE:
         crop = [v2.Resize(image_size), v2.RandomCrop(image_size, padding=image_size // 8)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    mirror = [v2.RandomHorizontalFlip()] if flip == "random" else []
+    return v2.Compose([*crop, *mirror, v2.PILToTensor()])
 
 
 def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
@@ -300,9 +301,9 @@ def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
 
 
 class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
-    """Transformed pictures (H, W, 3) uint8 by epoch and position, in a worker process.
+    """Transformed pictures (H, W, 3) uint8 by epoch, position and mirroring, in a worker process.
 
-    What is random in the transform is a function of the seed and both. A picture that cannot be
+    What is random in the transform is a function of the seed, epoch and position. A picture that cannot be
     read is returned as its error: raised here, it would come out with the worker's traceback.
     """
 
@@ -311,8 +312,8 @@ class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> Tensor | DataError:
-        epoch, position = place
+    def __getitem__(self, place: tuple[int, int, bool]) -> Tensor | DataError:
+        epoch, position, flip = place
         try:
             picture = read_picture(self.paths[position])
         except DataError as error:
@@ -320,7 +321,7 @@ class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(PICTURE, self.seed, epoch, position))
             pixels: Tensor = self.transform(picture)
-        return pixels.permute(1, 2, 0)
+        return (pixels.flip(2) if flip else pixels).permute(1, 2, 0)
 
 
 def _stack(pictures: list[Tensor | DataError]) -> Tensor | DataError:
@@ -373,8 +374,8 @@ class PictureBatches(SharedBatches[PictureSet]):
     """Batches of normalised float32 pictures (N, 3, H, W) and their labels (N,).
 
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
-    shuffled, each cropped at random (see `training_transform`), mirrored with probability one
-    half, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
+    shuffled, each cropped at random (see `training_transform`), mirrored in half of the
+    epochs, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
     (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch. Each worker
     reads two batches ahead; the workers stay from one epoch to the next, so there can be but one
     iteration at a time.
@@ -389,6 +390,8 @@ class PictureBatches(SharedBatches[PictureSet]):
         workers: processes that read the files; 0 reads them in this one.
         augment: shuffle, crop, flip and cut out.
         seed: of the order and of the augmentation.
+        flip: which pictures are mirrored: "random", drawn anew every epoch, or "alternating", each
+            in every second epoch.
         cutout: side of the square in pixels; 0 is none.
         channels_last: the batches' memory layout.
         share: (rank, size): of several processes, each takes its part of every batch; the parts
@@ -412,6 +415,7 @@ class PictureBatches(SharedBatches[PictureSet]):
         workers: int = 0,
         augment: bool = False,
         seed: int = 0,
+        flip: FlipName = "random",
         cutout: int = 0,
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
@@ -422,17 +426,18 @@ class PictureBatches(SharedBatches[PictureSet]):
         self.device = torch.device(device)
         self.augment = augment
         self.seed = seed
+        self.flip = flip
         self.cutout = cutout
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.image_size = image_size
         transform = (
-            training_transform(image_size)
+            training_transform(image_size, flip)
             if augment
             else evaluation_transform(image_size, resize_size)
         )
         workers = min(workers, len(self))
         self._workers = _Workers(workers)
-        self._places: list[list[tuple[int, int]]] = []  # what the loader reads, batch by batch
+        self._places: list[list[tuple[int, int, bool]]] = []  # what the loader reads, batch by batch
         self._loader = DataLoader(
             _Reader(part.paths, transform, seed),
             batch_sampler=self._places,
@@ -447,13 +452,18 @@ class PictureBatches(SharedBatches[PictureSet]):
 
     def iterate(self, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.part)
-        order = torch.arange(n)
+        order, flips = torch.arange(n), torch.zeros(n, dtype=torch.bool)
         if self.augment:
             draw = generator(EPOCH, self.seed, self.epoch)
             order = torch.randperm(n, generator=draw)
             row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
+            if self.flip == "alternating":
+                flips = alternating_flips(n, self.seed, self.epoch)
         batches = self.places(first)
-        self._places[:] = [[(self.epoch, i) for i in order[batch].tolist()] for batch in batches]
+        self._places[:] = [
+            [(self.epoch, i, flip) for i, flip in zip(*picked, strict=True)]
+            for picked in ((order[batch].tolist(), flips[order[batch]].tolist()) for batch in batches)
+        ]
         self._iteration += 1
         this, loaded = self._iteration, iter(self._loader)
         if self._iteration == 1 and isinstance(loaded, _MultiProcessingDataLoaderIter):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastres.data.augment import FlipName
 from fastres.data.datasets import FOLDER
 
 ModelName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -64,7 +65,7 @@ class TrainConfig:
 
     A recipe is a name and a version for values of all these settings; each can be given anew.
     `standard`: SGD with momentum, a step schedule, crop and flip. `best`: what reaches the highest
-    accuracy a minute. `best-short`: the like in 20 epochs, of smaller batches. Each watches the
+    accuracy a minute. `best-short`: the like in 28 epochs, of smaller batches. Each watches the
     validation part, stops early, restores the best epoch and takes the test part once, at the end.
     Everything the run finds out is in its folder.
     """
@@ -121,6 +122,10 @@ class TrainConfig:
 
     label_smoothing: float = 0.0
     """Share of every label that is spread over all classes (Szegedy et al. 2016, section 7)."""
+
+    flip: FlipName = "random"
+    """Of the training images: half of them, drawn anew every epoch, or each in every second epoch
+    (Jordan 2024, section 3.6)."""
 
     cutout: int = 0
     """Side in pixels of a square set to the mean in every training image (DeVries and Taylor 2017);
@@ -191,6 +196,7 @@ class TrainConfig:
         _expect_choice(self, "amp", AmpName)
         _expect_choice(self, "recipe", RecipeName)
         _expect_choice(self, "schedule", ScheduleName)
+        _expect_choice(self, "flip", FlipName)
         for field in ("epochs", "batch_size", "step_size", "patience"):
             _expect_whole(self, field, 1)
         if self.image_size is not None:

@@ -182,7 +182,8 @@ def _fit(
         return Batches(part.to(device), *common, **options)
 
     share = (processes.rank, processes.size)
-    train = batches(parts[0], augment=True, seed=config.seed, cutout=config.cutout, share=share)
+    augmentation = {"augment": True, "flip": config.flip, "cutout": config.cutout}
+    train = batches(parts[0], **augmentation, seed=config.seed, share=share)
     valid = batches(parts[1], share=share)
     test = batches(parts[2])
     if (rest := (len(train.part) - 1) % config.batch_size + 1) < processes.size:
