@@ -19,7 +19,7 @@ from fastres.train.run_folder import RunFolder
 OPTIONS = """
     --recipe --model --data --root --epochs --batch-size --lr --schedule --warmup --step-size
     --gamma --momentum --nesterov --no-nesterov --weight-decay --decay-norm --no-decay-norm
-    --label-smoothing --cutout --ema --seed --valid-ratio --patience --device --amp
+    --label-smoothing --flip --cutout --ema --seed --valid-ratio --patience --device --amp
     --channels-last --no-channels-last --sync-bn --fused --no-fused --out --resume
     --test-ratio --image-size --stem --workers --weights --freeze --tensorboard
 """
@@ -72,7 +72,7 @@ class TestOptions:
             "--valid-ratio 0.3 --patience 11 --device cpu --amp bf16 --no-fused --out o "
             "--stem imagenet --workers 0 --test-ratio 0.4 "
             "--schedule cosine --warmup 0.1 --nesterov --no-decay-norm --label-smoothing 0.05 "
-            "--cutout 5 --ema 0.9 --no-channels-last"
+            "--flip alternating --cutout 5 --ema 0.9 --no-channels-last"
         )
         assert main(arguments.split()) == 0
         assert configs == [
@@ -102,6 +102,7 @@ class TestOptions:
                 nesterov=True,
                 decay_norm=False,
                 label_smoothing=0.05,
+                flip="alternating",
                 cutout=5,
                 ema=0.9,
                 channels_last=False,

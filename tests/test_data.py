@@ -4,6 +4,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,6 +243,55 @@ class TestBatches:
             for image, label in zip((images * 255).round().to(torch.uint8), labels, strict=True):
                 original = part.images[label]
                 assert torch.equal(image, original) or torch.equal(image, original.flip(2))
+
+    def test_alternating_flips_show_both_sides_of_every_image_in_two_epochs(self) -> None:
+        part = numbered(60)
+
+        def mirrored(seed: int, batch_size: int, epoch: int) -> torch.Tensor:
+            """By image."""
+            zeros, ones = (0.0,) * 3, (1.0,) * 3
+            options: dict[str, Any] = {"augment": True, "padding": 0, "flip": "alternating"}
+            batches = data.Batches(part, batch_size, zeros, ones, seed=seed, **options)
+            batches.set_epoch(epoch)
+            flips = torch.zeros(60, dtype=torch.bool)
+            for images, labels in batches:
+                pixels, original = (images * 255).round().to(torch.uint8), part.images[labels]
+                flips[labels] = torch.tensor(
+                    [torch.equal(*pair) for pair in zip(pixels, original.flip(3), strict=True)]
+                )
+                assert torch.equal(
+                    pixels, torch.where(flips[labels, None, None, None], original.flip(3), original)
+                )
+            return flips
+
+        first = mirrored(3, 16, 0)
+        assert 15 < first.sum() < 45
+        assert torch.equal(mirrored(3, 7, 1), ~first)
+        assert torch.equal(mirrored(3, 16, 8), first)
+        assert not torch.equal(mirrored(4, 16, 0), first)
+
+    def test_kind_of_flips_changes_nothing_else(self) -> None:
+        """Order, crop and square are those of random flips."""
+
+        def epoch(flip: str, **more: int) -> list[torch.Tensor]:
+            options: dict[str, Any] = {"augment": True, "seed": 3, "flip": flip, **more}
+            batches = data.Batches(numbered(30), 8, (0.0,) * 3, (1.0,) * 3, **options)
+            return [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
+
+        (drawn, labels), (in_turn, same_labels) = (epoch(f) for f in ("random", "alternating"))
+        assert torch.equal(labels, same_labels)
+        flips = [not torch.equal(a, b) for a, b in zip(drawn, in_turn, strict=True)]
+        assert 0 < sum(flips) < 30
+        assert torch.equal(
+            drawn, torch.where(torch.tensor(flips)[:, None, None, None], in_turn.flip(3), in_turn)
+        )
+        holes = [(epoch(f, cutout=6, padding=0)[0] == 0).all(1) for f in ("random", "alternating")]
+        assert holes[0].flatten(1).any(1).all()
+        assert torch.equal(*holes)
+
+    def test_unknown_kind_of_flips(self) -> None:
+        with pytest.raises(ValueError, match="flip is 'often', expected random or alternating"):
+            data.Batches(numbered(4), 2, MEAN, STD, flip="often")  # type: ignore[arg-type]
 
     def test_function_of_seed_and_epoch_alone(self) -> None:
         def epoch(seed: int, number: int) -> torch.Tensor:

@@ -276,6 +276,36 @@ class TestBatches:
         assert not torch.equal(first, epoch(5, 3))
         assert not torch.equal(first, epoch(6, 2))
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_alternating_flips_show_both_sides_in_two_epochs(
+        self, workers: int, tmp_path: Path
+    ) -> None:
+        """Pictures that grow brighter from left to right, or darker once mirrored."""
+        ramp = np.broadcast_to(np.linspace(40, 250, 80)[:, None], (80, 80, 3)).astype(np.uint8)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for i in range(10):
+                Image.fromarray(ramp).save(tmp_path / name / f"{i}.png")
+        paths = tuple(sorted(str(path) for path in tmp_path.rglob("*.png")))
+        part = data.PictureSet(paths, torch.arange(20))
+        made = batches(part, 6, augment=True, seed=3, workers=workers, flip="alternating")
+
+        def mirrored(epoch: int) -> torch.Tensor:
+            made.set_epoch(epoch)
+            flips = torch.zeros(20, dtype=torch.bool)
+            for images, labels in made:
+                flips[labels] = images[:, 0, 36, 24] > images[:, 0, 36, 48]
+            return flips
+
+        first = mirrored(0)
+        assert 3 < first.sum() < 17
+        assert torch.equal(mirrored(1), ~first)
+        assert torch.equal(mirrored(6), first)
+
+    def test_unknown_kind_of_flips(self, part: data.PictureSet) -> None:
+        with pytest.raises(ValueError, match="flip is 'often', expected random or alternating"):
+            batches(part, flip="often")
+
     def test_cutout_changes_nothing_else(self, part: data.PictureSet) -> None:
         """Order, crop and flip are as without, in the middle of an epoch too."""
         plain, cut = (batches(part, augment=True, seed=3, cutout=side) for side in (0, 9))

@@ -55,8 +55,8 @@ class TestRecipe:
             "recipe": "standard", "recipe_version": 1, "model": "resnet18", "epochs": 100,
             "batch_size": 128, "lr": 0.02, "schedule": "step", "warmup": 0.0, "step_size": 30,
             "gamma": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
-            "decay_norm": True, "label_smoothing": 0.0, "cutout": 0, "ema": 0.0, "seed": 0,
-            "valid_ratio": 0.2, "patience": 30, "amp": "none", "channels_last": True,
+            "decay_norm": True, "label_smoothing": 0.0, "flip": "random", "cutout": 0, "ema": 0.0,
+            "seed": 0, "valid_ratio": 0.2, "patience": 30, "amp": "none", "channels_last": True,
         }  # fmt: skip
         assert {name: getattr(standard, name) for name in expected} == expected
         rest = {field.name for field in dataclasses.fields(standard)} - expected.keys()
@@ -72,10 +72,11 @@ class TestRecipe:
             (
                 "best-short",
                 {
-                    "recipe_version": 3,
-                    "epochs": 20,
+                    "recipe_version": 4,
+                    "epochs": 28,
                     "batch_size": 128,
                     "lr": 0.25,
+                    "flip": "alternating",
                     "ema": 0.995,
                 },
             ),

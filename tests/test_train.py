@@ -51,6 +51,7 @@ class TestConfig:
             ("label_smoothing", 1.0, "a number in \\[0, 1\\)"),
             ("ema", -0.1, "a number in \\[0, 1\\)"),
             ("warmup", 0.2, "0 with the step schedule"),
+            ("flip", "often", "random or alternating"),
             ("cutout", 1.5, "a whole number, at least 0"),
             ("resume", True, "--out DIR"),
         ],

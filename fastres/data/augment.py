@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from fastres.data.draws import FLIP, generator
 PIECE = 2**15 - 1
 
 FlipName = Literal["random", "alternating"]
+
+
+def expect_flip(flip: str) -> None:
+    """
+    Raises:
+        ValueError: `flip` is no FlipName.
+    """
+    if flip not in get_args(FlipName):
+        raise ValueError(f"flip is {flip!r}, expected {' or '.join(get_args(FlipName))}")
 
 
 def alternating_flips(n: int, seed: int, epoch: int) -> Tensor:

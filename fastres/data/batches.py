@@ -11,6 +11,7 @@ from fastres.data.augment import (
     FlipName,
     alternating_flips,
     cutout,
+    expect_flip,
     normalize,
     random_crop_flip,
 )
@@ -40,9 +41,9 @@ class Batches(SharedBatches[ImageSet]):
     """Batches of normalised float32 images (N, C, H, W) and their labels (N,).
 
     Without augmentation: the images in their own order. With it: shuffled, each image cropped at
-    random out of itself padded with `padding` zeros, mirrored in half of the epochs, and a square
-    of `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch);
-    call `set_epoch` before each epoch.
+    random out of itself padded with `padding` zeros, mirrored half of the time, and a square of
+    `cutout` pixels' side in it set to the mean. All of it is a function of (seed, epoch); call
+    `set_epoch` before each epoch.
 
     No worker prepares batches ahead: on a GPU one is a few kernels that are queued while the step
     before it still runs, and nothing in it waits for the GPU; on a CPU it takes less than a
@@ -61,6 +62,9 @@ class Batches(SharedBatches[ImageSet]):
         channels_last: the batches' memory layout.
         share: (rank, size): of several processes, each takes its part of every batch; the parts
             together are the batch, and an empty one is left out.
+
+    Raises:
+        ValueError: `flip` is neither.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Batches(SharedBatches[ImageSet]):
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
+        expect_flip(flip)
         super().__init__(part, batch_size, share)
         self.mean = tuple(mean)
         self.std = tuple(std)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
-from fastres.data.augment import FlipName, alternating_flips, cutout, normalize
+from fastres.data.augment import FlipName, alternating_flips, cutout, expect_flip, normalize
 from fastres.data.draws import EPOCH, PICTURE, SPLIT, generator, seed_of
 from fastres.data.errors import DataError
 from fastres.data.shares import SharedBatches
@@ -303,8 +303,9 @@ def evaluation_transform(image_size: int, resize_size: int) -> v2.Transform:
 class _Reader(torch.utils.data.Dataset[Tensor | DataError]):
     """Transformed pictures (H, W, 3) uint8 by epoch, position and mirroring, in a worker process.
 
-    What is random in the transform is a function of the seed, epoch and position. A picture that cannot be
-    read is returned as its error: raised here, it would come out with the worker's traceback.
+    What is random in the transform is a function of the seed, epoch and position. A picture that
+    cannot be read is returned as its error: raised here, it would come out with the worker's
+    traceback.
     """
 
     def __init__(self, paths: Sequence[str], transform: v2.Transform, seed: int) -> None:
@@ -374,10 +375,10 @@ class PictureBatches(SharedBatches[PictureSet]):
     """Batches of normalised float32 pictures (N, 3, H, W) and their labels (N,).
 
     Without augmentation: the pictures in their own order, resized and cut to the middle. With it:
-    shuffled, each cropped at random (see `training_transform`), mirrored in half of the
-    epochs, and a square of `cutout` pixels' side in it set to the mean. All of it is a function of
-    (seed, epoch), whatever the number of workers; call `set_epoch` before each epoch. Each worker
-    reads two batches ahead; the workers stay from one epoch to the next, so there can be but one
+    shuffled, each cropped at random (see `training_transform`), mirrored half of the time, and
+    a square of `cutout` pixels' side in it set to the mean. All of it is a function of (seed,
+    epoch), whatever the number of workers; call `set_epoch` before each epoch. Each worker reads
+    two batches ahead; the workers stay from one epoch to the next, so there can be but one
     iteration at a time.
 
     Args:
@@ -398,6 +399,7 @@ class PictureBatches(SharedBatches[PictureSet]):
             together are the batch, and an empty one is left out.
 
     Raises:
+        ValueError: `flip` is neither.
         DataError: from the iteration, naming a picture that cannot be read.
         RuntimeError: from an iteration that goes on after another one has begun.
     """
@@ -420,6 +422,7 @@ class PictureBatches(SharedBatches[PictureSet]):
         channels_last: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
+        expect_flip(flip)
         super().__init__(part, batch_size, share)
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -437,7 +440,7 @@ class PictureBatches(SharedBatches[PictureSet]):
         )
         workers = min(workers, len(self))
         self._workers = _Workers(workers)
-        self._places: list[list[tuple[int, int, bool]]] = []  # what the loader reads, batch by batch
+        self._places: list[list[tuple[int, int, bool]]] = []  # what is read, batch by batch
         self._loader = DataLoader(
             _Reader(part.paths, transform, seed),
             batch_sampler=self._places,
@@ -458,12 +461,11 @@ class PictureBatches(SharedBatches[PictureSet]):
             order = torch.randperm(n, generator=draw)
             row, column = torch.randint(self.image_size, (2, n), generator=draw).to(self.device)
             if self.flip == "alternating":
-                flips = alternating_flips(n, self.seed, self.epoch)
+                flips = alternating_flips(n, self.seed, self.epoch)[order]
         batches = self.places(first)
-        self._places[:] = [
-            [(self.epoch, i, flip) for i, flip in zip(*picked, strict=True)]
-            for picked in ((order[batch].tolist(), flips[order[batch]].tolist()) for batch in batches)
-        ]
+        drawn = zip(order.tolist(), flips.tolist(), strict=True)
+        read = [(self.epoch, i, flip) for i, flip in drawn]
+        self._places[:] = [read[batch] for batch in batches]
         self._iteration += 1
         this, loaded = self._iteration, iter(self._loader)
         if self._iteration == 1 and isinstance(loaded, _MultiProcessingDataLoaderIter):
