@@ -72,11 +72,10 @@ class TestRecipe:
             (
                 "best-short",
                 {
-                    "recipe_version": 4,
-                    "epochs": 28,
+                    "recipe_version": 3,
+                    "epochs": 20,
                     "batch_size": 128,
                     "lr": 0.25,
-                    "flip": "alternating",
                     "ema": 0.995,
                 },
             ),
