@@ -124,8 +124,8 @@ class TrainConfig:
     """Share of every label that is spread over all classes (Szegedy et al. 2016, section 7)."""
 
     flip: FlipName = "random"
-    """Of the training images: half of them, drawn anew every epoch, or each in every second epoch
-    (Jordan 2024, section 3.6)."""
+    """Mirror half of the training images, drawn anew every epoch, or each in every second epoch
+    (alternating: Jordan 2024, section 3.6)."""
 
     cutout: int = 0
     """Side in pixels of a square set to the mean in every training image (DeVries and Taylor 2017);
