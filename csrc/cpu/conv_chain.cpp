@@ -66,12 +66,11 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
     const auto given = [&](int64_t index) {
       return index < 0 ? OptionalTensor() : OptionalTensor(tensors[index]);
     };
-    prepared.emplace_back(input, sizes[u.source], tensors[u.weight], given(u.bias),
-                          tensors[u.running_mean], tensors[u.running_var], given(u.bn_weight),
-                          given(u.bn_bias), eps[i], std::vector{u.stride_h, u.stride_w},
-                          std::vector{u.padding_h, u.padding_w},
-                          std::vector{u.dilation_h, u.dilation_w}, u.groups, u.relu != 0,
-                          given(u.packed));
+    prepared.emplace_back(
+        input, sizes[u.source], tensors[u.weight], given(u.bias), tensors[u.running_mean],
+        tensors[u.running_var], given(u.bn_weight), given(u.bn_bias), eps[i],
+        std::vector{u.stride_h, u.stride_w}, std::vector{u.padding_h, u.padding_w},
+        std::vector{u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(u.packed));
     sizes.push_back(prepared.back().output());
   }
   std::vector<OptionalTensor> results(units + 1);
