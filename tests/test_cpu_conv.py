@@ -406,6 +406,21 @@ def test_nan_and_infinity(kernel: int, stride: int, c_in: int, n: int, algorithm
     assert a[0, :, h, w].isnan().all() and not a[2].isnan().any()
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001, -0x7FFFFF])
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_nan_of_every_payload(where: str, bits: int, algorithm: str) -> None:
+    """Rounding must not carry a NaN's bits over into a number's."""
+    problem = Problem(Conv("nan", 16, 16, 3, 1, 9, n=3), torch.float32)
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan().all()
+    place = problem.input[:1, 3, 1, 2] if where == "input" else problem.weight[3, 2, 1, 1:2]
+    place.copy_(nan)
+    actual = problem.inference(conv_bn_relu, same, False)
+    expected = problem.inference(reference.conv_bn_relu, same, False)
+    assert expected.isnan().any()
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 70])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
 @pytest.mark.parametrize(("c_in", "kernel", "stride"), [(16, 3, 1), (16, 3, 2), (3, 7, 2)])
