@@ -19,9 +19,10 @@ FlipName = Literal["random", "alternating"]
 
 
 def expect_flip(flip: str) -> None:
-    """
+    """Let nothing pass but a FlipName.
+
     Raises:
-        ValueError: `flip` is no FlipName.
+        ValueError: `flip` is none.
     """
     if flip not in get_args(FlipName):
         raise ValueError(f"flip is {flip!r}, expected {' or '.join(get_args(FlipName))}")
