@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from algorithms import AMX
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,11 +16,12 @@ from fastres.models.resnet import FusedBasicBlock
 from fastres.ops import reference
 
 EPS = [1e-5, 1e-3, 1e-5]
+NO_POOL = (0,) * 6
 # A projection (no ReLU, no bias, no packed weights), a 3x3 of stride 2, a 1x1 with the residual.
 PROGRAM = [
-    *(0, -1, 0, -1, 1, 2, 3, 4, -1, 2, 2, 0, 0, 1, 1, 1, 0),
-    *(0, -1, 5, 6, 7, 8, -1, -1, 9, 2, 2, 1, 1, 1, 1, 1, 1),
-    *(2, 1, 10, -1, 1, 2, 3, 4, -1, 1, 1, 0, 0, 1, 1, 1, 1),
+    *(0, -1, 0, -1, 1, 2, 3, 4, -1, 2, 2, 0, 0, 1, 1, 1, 0, *NO_POOL),
+    *(0, -1, 5, 6, 7, 8, -1, -1, 9, 2, 2, 1, 1, 1, 1, 1, 1, *NO_POOL),
+    *(2, 1, 10, -1, 1, 2, 3, 4, -1, 1, 1, 0, 0, 1, 1, 1, 1, *NO_POOL),
 ]
 
 
@@ -88,15 +90,15 @@ def changed(**fields: int) -> list[int]:
     names = ["source", "residual", "weight", "bias", "running_mean", "running_var"]
     program = list(PROGRAM)
     for name, value in fields.items():
-        program[34 + names.index(name)] = value
+        program[46 + names.index(name)] = value
     return program
 
 
 @pytest.mark.parametrize(
     ("program", "eps", "message"),
     [
-        ([], [], r"program must have 17 integers for each of one or more units, got 0"),
-        (PROGRAM[:-1], EPS, r"program must have 17 integers .* got 50"),
+        ([], [], r"program must have 23 integers for each of one or more units, got 0"),
+        (PROGRAM[:-1], EPS, r"program must have 23 integers .* got 68"),
         (PROGRAM, EPS[:2], r"eps must have one number for each of 3 units, got 2"),
         (changed(source=3), EPS, r"source of unit 2 must be in \[0, 2\], got 3"),
         (changed(source=-1), EPS, r"source of unit 2 must be in \[0, 2\], got -1"),
@@ -106,6 +108,9 @@ def changed(**fields: int) -> list[int]:
         (changed(running_var=-1), EPS, r"running_var of unit 2 must be in \[0, 11\), got -1"),
         (changed(running_mean=0), EPS, r"running_mean must be"),
         (changed(residual=0), EPS, r"residual must be of shape"),
+        ([*PROGRAM[:-6], 3, 0, 2, 2, 1, 1], EPS, r"kernel_size must be"),
+        ([*PROGRAM[:-6], 3, 3, 2, 2, 2, 2], EPS, r"padding must be at most half of kernel_size"),
+        ([*PROGRAM[:-6], 9, 9, 2, 2, 0, 0], EPS, r"at least kernel_size \(9, 9\) high and wide"),
     ],
 )
 def test_a_program_that_does_not_fit(program, eps, message):
@@ -118,6 +123,105 @@ def test_a_chain_has_no_gradient():
     x, tensors, program, eps = three_units()
     with pytest.raises(RuntimeError, match="fastres::conv_chain has no derivative"):
         ops.conv_chain(x.requires_grad_(), tensors, program, eps).sum().backward()
+
+
+# Kernel size, stride and padding: as in torchvision; larger; with gaps between windows; not square.
+POOLS = [((3, 3), (2, 2), (1, 1)), ((5, 5), (3, 3), (2, 2)), ((2, 2), (13, 5), (0, 1)),
+         ((1, 4), (1, 2), (0, 2)), ((13, 2), (4, 2), (6, 0))]  # fmt: skip
+# Sizes of a stem's input: two blocks of tiles side by side, bands of rows for several blocks and
+# none at all, a last tile that is not whole, rows too long for a band.
+SIZES = [(64, 64), (37, 300), (150, 41), (17, 16), (16, 2300)]
+
+
+def stem_and_pool(size, pool, batch=2, channels=32, dtype=torch.float32):
+    """A chain of a stem and a max-pool, and the function that computes it by the ops."""
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, *size, generator=random).to(dtype)
+    weight = (torch.randn(channels, 3, 7, 7, generator=random) / 12).to(dtype)
+    vectors = torch.randn(2, channels, generator=random) * 0.1 + torch.tensor([[0.0], [1.0]])
+    mean, var = vectors.to(reference.parameter_dtype(x))
+    geometry = ([2, 2], [3, 3], [1, 1], 1)
+    packed = ops.pack_conv_weight(weight, *geometry, [batch, *size])
+    given = [packed] if packed.numel() > 0 else []
+    unit = (0, -1, 0, -1, 1, 2, -1, -1, 3 if given else -1)
+    program = [*unit, 2, 2, 3, 3, 1, 1, 1, 1, *pool[0], *pool[1], *pool[2]]
+
+    def apart():
+        y = ops.conv_bn_relu(
+            x, weight, None, mean, var, None, None, 1e-5, None, *geometry, True, *given
+        )
+        return ops.max_pool2d(y, *map(list, pool))
+
+    return (x, [weight, mean, var, *given], program, [1e-5]), apart
+
+
+@pytest.fixture(params=["chosen", "packed", "winograd4", AMX])
+def algorithm(request, monkeypatch) -> str:
+    if request.param != "chosen":
+        monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_pool_has_the_bits_of_its_own_op(size, pool, algorithm):
+    arguments, apart = stem_and_pool(size, pool)
+    expected = apart()
+    assert torch.equal(ops.conv_chain(*arguments), expected)
+    close = reference.conv_chain(*arguments)
+    torch.testing.assert_close(close, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_a_pool_in_every_number_of_threads(batch, threads):
+    arguments, apart = stem_and_pool((70, 90), POOLS[0], batch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.conv_chain(*arguments), apart())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_pool_of_another_dtype(dtype, algorithm):
+    arguments, apart = stem_and_pool((70, 90), POOLS[0], dtype=dtype)
+    assert torch.equal(ops.conv_chain(*arguments), apart())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_pool_passes_on_what_is_not_finite(value, algorithm):
+    arguments, apart = stem_and_pool((64, 64), POOLS[0])
+    arguments[0][1, 2, 40, 33] = value
+    y = ops.conv_chain(*arguments)
+    torch.testing.assert_close(y, apart(), rtol=0, atol=0, equal_nan=True)
+    expected = reference.conv_chain(*arguments)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert not y.isfinite().all()
+
+
+def test_a_pool_of_slices_and_of_no_images():
+    arguments, _ = stem_and_pool((64, 64), POOLS[0], batch=3)
+    x, *rest = arguments
+    wide = torch.randn(3, 64, 64, 8)
+    wide[..., 2:5] = x.permute(0, 2, 3, 1)
+    expected = ops.conv_chain(x, *rest)
+    assert torch.equal(ops.conv_chain(wide[..., 2:5].permute(0, 3, 1, 2), *rest), expected)
+    assert ops.conv_chain(x[:0], *rest).shape == (0, 32, 16, 16)
+
+
+def test_opcheck_of_a_pool():
+    checks = ("test_schema", "test_faketensor")
+    arguments, _ = stem_and_pool((65, 40), POOLS[1])
+    torch.library.opcheck(torch.ops.fastres.conv_chain.default, arguments, test_utils=checks)
+
+
+def test_a_pool_after_a_residual():
+    x, tensors, program, eps = three_units()
+    pooled = [*program[:-6], 3, 3, 2, 2, 1, 1]
+    expected = ops.max_pool2d(ops.conv_chain(x, tensors, program, eps), [3, 3], [2, 2], [1, 1])
+    assert torch.equal(ops.conv_chain(x, tensors, pooled, eps), expected)
 
 
 def fused(name: str = "resnet18", **arguments):
@@ -140,11 +244,11 @@ def chained_units(model, x) -> tuple[int, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "arguments", "units"),
     [
-        ("resnet18", {"stem": "cifar"}, 19),
-        ("resnet34", {}, 35),
-        ("resnet50", {"stem": "cifar"}, 52),
-        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}, 52),
-        ("resnet50", {"groups": 4, "width_per_group": 8}, 52),
+        ("resnet18", {"stem": "cifar"}, 20),
+        ("resnet34", {}, 36),
+        ("resnet50", {"stem": "cifar"}, 53),
+        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}, 53),
+        ("resnet50", {"groups": 4, "width_per_group": 8}, 53),
     ],
 )
 @pytest.mark.parametrize("batch", [1, 3])
@@ -220,6 +324,45 @@ def test_what_is_attached_is_seen(attach):
     assert not torch.allclose(y, before, rtol=1e-4, atol=1e-4) or attach is with_parametrization
 
 
+def with_other_pool(model):
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+
+
+def with_stem_of_two(model):
+    model.conv1 = nn.Sequential(model.conv1, nn.ReLU())
+
+
+STEM_ATTACHMENTS = {
+    "hook on the convolution": with_hook(lambda model: model.conv1),
+    "hook on the BatchNorm": with_hook(lambda model: model.bn1),
+    "hook on the ReLU": with_hook(lambda model: model.relu),
+    "hook on the pool": with_hook(lambda model: model.maxpool),
+    "another pool": with_other_pool,
+    "another convolution": with_stem_of_two,
+    "batch statistics": lambda model: model.bn1.train(),
+}
+
+
+@pytest.mark.parametrize("attach", STEM_ATTACHMENTS.values(), ids=STEM_ATTACHMENTS)
+def test_what_is_attached_to_the_stem_leaves_the_blocks(attach):
+    model, x = fused(), torch.randn(2, 3, 40, 40)
+    before = model(x)
+    attach(model)
+    count, y = chained_units(model, x)
+    assert count == 19
+    assert torch.equal(y, model(x))
+    assert not torch.allclose(y, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_that_is_not_called_does_no_harm():
+    model, x = fused(), torch.randn(2, 3, 40, 40)
+    before = model(x)
+    model.conv_more = nn.Conv2d(3, 3, 1)
+    count, y = chained_units(model, x)
+    assert count == 20
+    assert torch.equal(y, before)
+
+
 def test_a_global_hook_is_called():
     model, x, seen = fused(stem="cifar"), torch.randn(1, 3, 16, 16), []
     hook = nn.modules.module.register_module_forward_hook(
@@ -266,7 +409,7 @@ def test_nothing_is_stale():
         model.layer2[0].bn2.running_mean.add_(1)
         model.layer3[0].downsample[0].weight.mul_(2)
     count, after = chained_units(model, x)
-    assert count == 19
+    assert count == 20
     assert not torch.allclose(before, after)
     assert torch.equal(after, copy.deepcopy(model)(x))
 

@@ -518,6 +518,14 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
   }
 }
 
+void ConvUnit::set_epilogue(ConvArgs& args, const Tensor& y) const {
+  args.output = y.mutable_data_ptr();
+  args.stream = streams(y);
+  args.scale = folded_scale_.floats();
+  args.shift = folded_shift_.floats();
+  args.relu = relu_;
+}
+
 Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const {
   const std::array<int64_t, 4> sizes = output();
   OptionalTensor residual_rows;
@@ -539,14 +547,27 @@ Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const 
   }
   Tensor y = empty_channels_last(sizes, type_);
   PackedConv conv(input, weight_, packed_, shape_, algorithm_);
-  conv.args.output = y.mutable_data_ptr();
-  conv.args.stream = streams(y);
-  conv.args.scale = folded_scale_.floats();
-  conv.args.shift = folded_shift_.floats();
+  set_epilogue(conv.args, y);
   conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
-  conv.args.relu = relu_;
   conv.run(shape_, dtype_, false);
   return y;
+}
+
+Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual,
+                     const PoolGeometry& pool) const {
+  const bool along = is_winograd(algorithm_) && is_winograd_stem(shape_) && shape_.pixels() > 0 &&
+                     !residual.has_value() && winograd_stem_pools(shape_, pool, dtype_);
+  if (along) {
+    Tensor y = empty_channels_last({pool.n, pool.c, pool.oh, pool.ow}, type_);
+    PackedConv conv(input, weight_, packed_, shape_, algorithm_);
+    set_epilogue(conv.args, y);
+    if (run_winograd_stem_pool(conv.args, shape_, pool, dtype_)) {
+      log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
+      return y;
+    }
+  }
+  return max_pool2d(run(input, residual), {pool.kh, pool.kw}, {pool.stride_h, pool.stride_w},
+                    {pool.pad_h, pool.pad_w}, {}, {}, {}, {}, 0.0);
 }
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

@@ -1,7 +1,9 @@
 // Several conv_bn_relu in one call, without the way through the dispatcher and back for each.
 #include <algorithm>
+#include <optional>
 
 #include "conv_unit.h"
+#include "max_pool2d.h"
 
 namespace fastres::cpu {
 namespace {
@@ -13,6 +15,8 @@ struct Unit {
   int64_t weight, bias, running_mean, running_var, bn_weight, bn_bias, packed;
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t groups, relu;
+  // Of the max-pool after it; pool_h is 0 without one.
+  int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_padding_h, pool_padding_w;
 };
 
 constexpr int64_t kFields = sizeof(Unit) / sizeof(int64_t);
@@ -61,6 +65,7 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
   std::vector<std::array<int64_t, 4>> sizes = {
       {input.size(0), input.size(1), input.size(2), input.size(3)}};
   std::vector<ConvUnit> prepared;
+  std::vector<std::optional<PoolGeometry>> pools(units);
   for (int64_t i = 0; i < units; ++i) {
     const Unit& u = unit[i];
     const auto given = [&](int64_t index) {
@@ -72,13 +77,22 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
         std::vector{u.stride_h, u.stride_w}, std::vector{u.padding_h, u.padding_w},
         std::vector{u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(u.packed));
     sizes.push_back(prepared.back().output());
+    if (u.pool_h != 0) {
+      const PoolGeometry pool =
+          check_pool(op, sizes.back(), {u.pool_h, u.pool_w}, {u.pool_stride_h, u.pool_stride_w},
+                     {u.pool_padding_h, u.pool_padding_w});
+      pools[i] = pool;
+      sizes.back() = {pool.n, pool.c, pool.oh, pool.ow};
+    }
   }
   std::vector<OptionalTensor> results(units + 1);
   results[0] = input;
   for (int64_t i = 0; i < units; ++i) {
     const Unit& u = unit[i];
-    results[i + 1] = prepared[i].run(*results[u.source],
-                                     u.residual < 0 ? OptionalTensor() : results[u.residual]);
+    const Tensor& source = *results[u.source];
+    const OptionalTensor residual = u.residual < 0 ? OptionalTensor() : results[u.residual];
+    results[i + 1] = pools[i].has_value() ? prepared[i].run(source, residual, *pools[i])
+                                          : prepared[i].run(source, residual);
     if (last_use[u.source] == i) results[u.source].reset();
     if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
   }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv_algorithm.h"
+#include "max_pool2d_kernel.h"
 #include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
@@ -27,8 +28,12 @@ class ConvUnit {
   std::array<int64_t, 4> output() const { return shape_.output(); }
 
   Tensor run(const Tensor& input, const OptionalTensor& residual) const;
+  // And a max-pool of it.
+  Tensor run(const Tensor& input, const OptionalTensor& residual, const PoolGeometry& pool) const;
 
  private:
+  void set_epilogue(ConvArgs& args, const Tensor& y) const;
+
   ConvShape shape_;
   DType dtype_;
   ScalarType type_;

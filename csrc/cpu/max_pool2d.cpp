@@ -1,3 +1,5 @@
+#include "max_pool2d.h"
+
 #include <algorithm>
 
 #include "channel_rows.h"
@@ -6,12 +8,10 @@
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
-namespace {
 
-PoolGeometry check_pool(const char* op, const Tensor& input,
+PoolGeometry check_pool(const char* op, const std::array<int64_t, 4>& input,
                         const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding) {
-  check_images(op, "input", input);
   check_pair(op, "kernel_size", kernel_size, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
@@ -22,18 +22,19 @@ PoolGeometry check_pool(const char* op, const Tensor& input,
       fail(op, "padding must be at most half of kernel_size ", shape_string(kernel_size), ", got ",
            shape_string(padding));
     }
-    const int64_t free = input.size(2 + i) + 2 * padding[i] - kernel_size[i];
-    if (input.size(2 + i) == 0 || free < 0) {
+    const int64_t free = input[2 + i] + 2 * padding[i] - kernel_size[i];
+    if (input[2 + i] == 0 || free < 0) {
       fail(op, "input must be at least one pixel and with its padding at least kernel_size ",
-           shape_string(kernel_size), " high and wide, got shape ", shape_string(input));
+           shape_string(kernel_size), " high and wide, got shape ",
+           shape_string({input.data(), input.size()}));
     }
     size[i] = free / stride[i] + 1;
   }
   return {
-      .n = input.size(0),
-      .ih = input.size(2),
-      .iw = input.size(3),
-      .c = input.size(1),
+      .n = input[0],
+      .ih = input[2],
+      .iw = input[3],
+      .c = input[1],
       .oh = size[0],
       .ow = size[1],
       .kh = kernel_size[0],
@@ -43,6 +44,17 @@ PoolGeometry check_pool(const char* op, const Tensor& input,
       .pad_h = padding[0],
       .pad_w = padding[1],
   };
+}
+
+namespace {
+
+PoolGeometry check_pool_of(const char* op, const Tensor& input,
+                           const std::vector<int64_t>& kernel_size,
+                           const std::vector<int64_t>& stride,
+                           const std::vector<int64_t>& padding) {
+  check_images(op, "input", input);
+  return check_pool(op, {input.size(0), input.size(1), input.size(2), input.size(3)}, kernel_size,
+                    stride, padding);
 }
 
 // What a prologue's BatchNorm gives to the kernels; null pointers without one.
@@ -64,7 +76,7 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
                   const OptionalTensor& in_mean, const OptionalTensor& in_var,
                   const OptionalTensor& in_weight, const OptionalTensor& in_bias, double in_eps) {
   const char* op = "max_pool2d";
-  const PoolGeometry g = check_pool(op, input, kernel_size, stride, padding);
+  const PoolGeometry g = check_pool_of(op, input, kernel_size, stride, padding);
   const DType dtype = check_dtype(op, "input", input);
   const auto bn = check_prologue(op, input, in_mean, in_var, in_weight, in_bias, in_eps);
   const std::array<int64_t, 4> output = {g.n, g.c, g.oh, g.ow};
@@ -94,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
     const OptionalTensor& in_mean, const OptionalTensor& in_var, const OptionalTensor& in_weight,
     const OptionalTensor& in_bias, double in_eps) {
   const char* op = "max_pool2d_backward";
-  const PoolGeometry g = check_pool(op, input, kernel_size, stride, padding);
+  const PoolGeometry g = check_pool_of(op, input, kernel_size, stride, padding);
   const DType dtype = check_dtype(op, "input", input);
   const ScalarType type = input.scalar_type();
   check_cpu(op, "dy", dy);

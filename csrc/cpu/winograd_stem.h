@@ -7,6 +7,7 @@
 
 #include "conv_shape.h"
 #include "kernel_table.h"
+#include "max_pool2d_kernel.h"
 
 namespace fastres::cpu {
 
@@ -21,5 +22,13 @@ void winograd_stem_pack(const ConvWeight& weight, float* packed);
 double winograd_stem_cost(const ConvShape& s, bool packing);
 std::optional<std::vector<double>> run_winograd_stem(ConvArgs args, const ConvShape& s, DType dtype,
                                                      bool statistics);
+
+// Whether a max-pool can be computed along with the convolution before it.
+bool winograd_stem_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype);
+
+// The convolution, without a residual, and the max-pool of it, whose (n, oh, ow, c) result is what
+// args.output and args.stream mean. False where a result is not finite, and may be wrong.
+bool run_winograd_stem_pool(ConvArgs args, const ConvShape& s, const PoolGeometry& pool,
+                            DType dtype);
 
 }  // namespace fastres::cpu

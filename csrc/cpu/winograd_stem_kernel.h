@@ -26,9 +26,10 @@ constexpr int64_t stem_panel_floats(int64_t kh, int64_t ci) {
   return kStemProducts * kh * ci * kConvPanel;
 }
 
-// Output rows [h0, h1) and tiles [tile0, tile1) of each row of image n.
+// Output rows [h0, h1) and tiles [tile0, tile1) of each row of image n. `origin` is the output
+// element that args.output points to, 0 where there is a residual.
 struct StemBlock {
-  int64_t n, h0, h1, tile0, tile1;
+  int64_t n, h0, h1, tile0, tile1, origin;
 };
 
 // A block's scratch: a row of its input; its pixels as columns, [pixel][row][channel]; and its

@@ -166,7 +166,7 @@ bool stem_block(const ConvArgs& args, const StemBlock& block, float* scratch, do
       const int64_t h = (first + m) / across, t = (first + m) % across;
       const int64_t w = (block.tile0 + t) * kStemTile;
       places[m] = {transformed + t * layout.tile + h * args.stride_h * args.ci,
-                   ((block.n * args.oh + block.h0 + h) * args.ow + w) * args.co,
+                   ((block.n * args.oh + block.h0 + h) * args.ow + w) * args.co - block.origin,
                    static_cast<int>(min<int64_t>(kStemTile, args.ow - w))};
     }
     for (int64_t c = 0; c < args.co; c += kConvColumns) {

@@ -27,8 +27,8 @@ from ..nn.conv_bn import (
     kept_anyway,
     project,
 )
-from ..nn.max_pool import max_pool, pool_geometry
-from ..nn.units import FusedUnits
+from ..nn.max_pool import max_pool, pool_geometry, pools_later
+from ..nn.units import FusedUnits, waits
 from ..ops.reference import channels_last
 
 STEMS = ("imagenet", "cifar")
@@ -205,17 +205,20 @@ class FusedResNet(FusedUnits, ResNet):
             x = x.contiguous(memory_format=torch.channels_last)
         else:
             x = channels_last(x)
-        x = self._body(self._stem(x))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(self.avgpool(self._features(x)), 1))
 
-    def _body(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self._stages(x)
+            return self._stages(self._stem(x))
         elif chains(x) and self._chains():
-            body: Any = self._stages
-            return body(Chain(x).start()).compute()
+            stem: Any = self._stem
+            stages: Any = self._stages
+            if self._stem_chains():
+                return stages(stem(Chain(x).start())).compute()
+            x = stem(x)
+            return stages(Chain(x).start()).compute() if chains(x) else stages(x)
         else:
-            return self._stages(x)
+            return self._stages(self._stem(x))
 
     def _stages(self, x: Tensor) -> Tensor:
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -232,6 +235,14 @@ class FusedResNet(FusedUnits, ResNet):
                 and block.chains()
                 for block in self.blocks()
             )
+        )
+
+    def _stem_chains(self) -> bool:
+        """Whether all that the stem does is a fused unit, and a pool that can wait with it."""
+        return (
+            is_untouched(self.relu, nn.ReLU)
+            and waits(self.conv1, self.bn1)
+            and pools_later(self.maxpool)
         )
 
     def _stem(self, x: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from .. import ops
 from .norm import affine
 from .packed import PackedWeights
 
+# A unit's max-pool in a program: its kernel size, stride and padding.
+_NO_POOL = (0,) * 6
+
 
 class Deferred:
     """A unit's result ``(N, C, H, W)`` that is not computed yet; the channels are the unit's."""
@@ -49,7 +52,7 @@ class Deferred:
         ):
             chain.add(tensor)
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-        chain.program += (*stride, *padding, *dilation, conv.groups, relu)
+        chain.program += (*stride, *padding, *dilation, conv.groups, relu, *_NO_POOL)
         chain.eps.append(bn.eps)
         n, *size = self.size
         height, width = (
@@ -58,6 +61,15 @@ class Deferred:
             for i in range(2)
         )
         return Deferred(chain, len(chain.eps), (n, height, width))
+
+    def max_pool(self, kernel_size: list[int], stride: list[int], padding: list[int]) -> Deferred:
+        """Its windows' maxima, in its place: it must be the last unit's and of no other use."""
+        self.chain.program[-len(_NO_POOL) :] = (*kernel_size, *stride, *padding)
+        n, *size = self.size
+        height, width = (
+            (size[i] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)
+        )
+        return Deferred(self.chain, self.index, (n, height, width))
 
     def compute(self) -> Tensor:
         """The result; it must be that of the last unit."""

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import ops
+from .chain import Deferred
 from .conv_bn import Module, Pending, finish, is_untouched, is_watched, shows_modules
 
 
-def max_pool(pool: Module, x: Tensor | Pending) -> Tensor:
-    """``pool(x)``, by the fused op on the CPU and in training. ``pool`` may be any module."""
+def max_pool(pool: Module, x: Tensor | Pending | Deferred) -> Any:
+    """``pool(x)``, by the fused op on the CPU and in training. ``pool`` may be any module.
+
+    A tensor, or ``Deferred`` where x is; then ``pool`` must be one that ``pools_later``.
+    """
     geometry = pool_geometry(pool)
+    if isinstance(x, Deferred):
+        return x if geometry is None else x.max_pool(*geometry)
     z = x.z if isinstance(x, Pending) else x
     pending = isinstance(x, Pending)
     if geometry is None or shows_modules(z) or not (pending or z.device.type == "cpu"):
         return pool(finish(x, relu=True))
     return ops.max_pool2d(z, *geometry, *(x[1:] if pending else ()))
+
+
+def pools_later(pool: Module) -> bool:
+    """Whether the units that pool follows and is followed by can wait: see ``chain.Deferred``."""
+    return is_untouched(pool, nn.Identity) or pool_geometry(pool) is not None
 
 
 def pool_geometry(pool: Module) -> tuple[list[int], list[int], list[int]] | None:

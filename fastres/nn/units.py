@@ -110,12 +110,7 @@ class FusedUnits(PacksWeights):
             if pair is None:
                 return False
             pairs.append(pair)
-        return is_untouched(self.relu, nn.ReLU) and all(
-            fuses(conv, bn)
-            and not uses_batch_statistics(bn)
-            and type(conv._parameters["weight"]) is nn.Parameter
-            for conv, bn in pairs
-        )
+        return is_untouched(self.relu, nn.ReLU) and all(waits(*pair) for pair in pairs)
 
     def _folded1(self, x: Tensor) -> Tensor:
         return folded(
@@ -158,6 +153,15 @@ class FusedUnits(PacksWeights):
             self.downsample[0].stride, self.downsample[0].padding,
             self.downsample[0].dilation, self.downsample[0].groups, False, None,
         )  # fmt: skip
+
+
+def waits(conv: Any, bn: Any) -> bool:
+    """Whether a unit can wait for those after it: see ``chain.Deferred``."""
+    return (
+        fuses(conv, bn)
+        and not uses_batch_statistics(bn)
+        and type(conv._parameters["weight"]) is nn.Parameter
+    )
 
 
 def _pair_folds(conv: Any, bn: Any) -> bool:

@@ -1,5 +1,8 @@
 """conv_chain: several conv_bn_relu in one call, each of the input or of results before it.
 
+A max-pool may follow each, as it does a ResNet's first: where the kernels can, its windows are
+taken from rows that have just been computed, which are not kept.
+
 At batch 1 the way from Python through the dispatcher and back takes a convolution of a ResNet a
 third as long again as its computation: the chain takes it once for all.
 """
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from fastres.ops._register import register_op
 from fastres.ops._shapes import check, check_activation, conv_output_shape, new_activation
+from fastres.ops.max_pool2d import pool_output_shape
 from fastres.ops.reference import CHAIN_FIELDS, chain_units
 
 
@@ -21,16 +25,19 @@ def conv_chain(
 ) -> Tensor:
     """Return the last of several units' results, each `conv_bn_relu` of results before it.
 
+    A unit's result is what a max-pool makes of it where it has one.
+
     It has no gradient: `conv_bn_relu` has.
 
     Args:
         input: (N, C, H, W), float32, bfloat16, float16 or float64; any strides, channels_last
             is fastest.
         tensors: what the program names by its place in this list.
-        program: 17 integers a unit: which results are its input and its residual (0 is `input`,
+        program: 23 integers a unit: which results are its input and its residual (0 is `input`,
             1 the first unit's result, -1 none), which tensors are its weight, bias, running_mean,
             running_var, bn_weight, bn_bias and packed (-1: None), then stride, padding and
-            dilation, two integers each, groups, and whether to apply ReLU.
+            dilation, two integers each, groups, and whether to apply ReLU; then the max-pool's
+            kernel size, stride and padding as in `max_pool2d`, or zeros.
         eps: each unit's.
 
     Returns:
@@ -64,7 +71,10 @@ def _fake(input: Tensor, tensors: list[Tensor], program: list[int], eps: list[fl
         shape = conv_output_shape(
             op, results[unit.source], weight, unit.stride, unit.padding, unit.dilation, unit.groups
         )
-        results.append(new_activation(input, shape))
+        result = new_activation(input, shape)
+        if unit.pool is not None:
+            result = new_activation(input, pool_output_shape(op, result, *unit.pool))
+        results.append(result)
     return results[-1]
 
 

@@ -68,7 +68,7 @@ def max_pool2d(
     return result
 
 
-def _output_shape(
+def pool_output_shape(
     op: str, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[int, int, int, int]:
     """(N, C, H_out, W_out), after checking that there is one."""
@@ -113,7 +113,7 @@ def _fake(
     in_eps: float,
 ) -> Tensor:
     op = "max_pool2d"
-    shape = _output_shape(op, input, kernel_size, stride, padding)
+    shape = pool_output_shape(op, input, kernel_size, stride, padding)
     prologue = {"in_mean": in_mean, "in_var": in_var, "in_weight": in_weight, "in_bias": in_bias}
     check_prologue(op, input, prologue)
     return new_activation(input, shape)
@@ -132,7 +132,7 @@ def _fake_backward(
     in_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "max_pool2d_backward"
-    shape = _output_shape(op, input, kernel_size, stride, padding)
+    shape = pool_output_shape(op, input, kernel_size, stride, padding)
     same = dy.dim() == 4 and all(a == b for a, b in zip(dy.shape, shape, strict=True))
     check(same, op, f"dy must be of shape {shape}, got {tuple(dy.shape)}")
     check_placed_like(op, "dy", dy, "input", input)

@@ -256,20 +256,22 @@ class ChainUnit(NamedTuple):
     dilation: list[int]
     groups: int
     relu: bool
+    pool: tuple[list[int], list[int], list[int]] | None  # kernel size, stride and padding
 
     @property
     def weight(self) -> int:
         return self.tensors[0]
 
 
-CHAIN_FIELDS = 17
+CHAIN_FIELDS = 23
 
 
 def chain_units(program: list[int]) -> Iterator[ChainUnit]:
     """The units of conv_chain's program."""
     for first in range(0, len(program), CHAIN_FIELDS):
         u = program[first : first + CHAIN_FIELDS]
-        yield ChainUnit(u[0], u[1], u[2:9], u[9:11], u[11:13], u[13:15], u[15], bool(u[16]))
+        pool = (u[17:19], u[19:21], u[21:23]) if u[17] != 0 else None
+        yield ChainUnit(u[0], u[1], u[2:9], u[9:11], u[11:13], u[13:15], u[15], bool(u[16]), pool)
 
 
 def conv_chain(
@@ -286,6 +288,8 @@ def conv_chain(
             results[unit.source], weight, bias, mean, var, bn_weight, bn_bias, unit_eps, residual,
             unit.stride, unit.padding, unit.dilation, unit.groups, unit.relu, packed,
         )  # fmt: skip
+        if unit.pool is not None:
+            result = F.max_pool2d(result, *unit.pool)
         results.append(result)
     return results[-1]
 
