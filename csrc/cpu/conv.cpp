@@ -86,8 +86,8 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 }
 
 // Length of the weights in the form that an algorithm other than aten reads.
-int64_t packed_floats(const ConvShape& s, Algorithm a) {
-  if (a == Algorithm::amx) return amx_packed_floats(s);
+int64_t packed_floats(const ConvShape& s, Algorithm a, DType dtype) {
+  if (a == Algorithm::amx) return amx_packed_floats(s, dtype);
   if (!is_winograd(a)) return s.packed_floats();
   return is_winograd_stem(s) ? winograd_stem_packed_floats(s)
                              : winograd_packed_floats(s, winograd_tile(a));
@@ -102,7 +102,7 @@ std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packe
        {Algorithm::packed, Algorithm::amx, Algorithm::winograd4, Algorithm::winograd2}) {
     if (is_winograd(a) && !winograd_takes(s, a)) continue;
     if (a == Algorithm::amx && !has_matrix_unit()) continue;
-    if (packed->numel() == packed_floats(s, a)) return a;
+    if (packed->numel() == packed_floats(s, a, DType::float32)) return a;
   }
   return std::nullopt;
 }
@@ -124,6 +124,9 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
   if (!form && s.pixels() < kPixelsWorthPacking) {
     return {Algorithm::aten, "too few pixels to pack the weights for"};
   }
+  if (dtype == DType::bfloat16 && has_matrix_unit() && amx_pays(s)) {
+    return {Algorithm::amx, "the matrix unit takes such numbers as they are"};
+  }
   if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
   if (form) return {*form, "the weights are packed for it"};
   return {cheapest_algorithm(s, true), "the least estimated cost"};
@@ -139,10 +142,10 @@ Scratch padded_vector(const std::vector<double>& values) {
   return out;
 }
 
-void pack(const Tensor& weight, const ConvShape& s, Algorithm form, float* packed) {
+void pack(const Tensor& weight, const ConvShape& s, Algorithm form, DType dtype, float* packed) {
   const ConvWeight w = conv_weight_of(weight);
   if (form == Algorithm::amx) {
-    pack_panels(w, kernels().amx_pack, packed);
+    pack_panels(w, kernels().amx_pack[static_cast<int>(dtype)], packed);
   } else if (!is_winograd(form)) {
     pack_panels(w, kernels().conv_pack, packed);
   } else if (is_winograd_stem(s)) {
@@ -285,12 +288,14 @@ struct PackedConv {
   ConvArgs args{};
 
   PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
-             const ConvShape& s, Algorithm algorithm_)
+             const ConvShape& s, DType dtype, Algorithm algorithm_)
       : input(with_dense_channels(input_)), weight(weight_), algorithm(algorithm_) {
-    if (form_of(s, given) == algorithm) {
+    // What is given is packed for float32: the matrix unit takes bfloat16 in another form.
+    const bool fits = algorithm != Algorithm::amx || dtype != DType::bfloat16;
+    if (fits && form_of(s, given) == algorithm) {
       args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
-      pack_in(s, algorithm);
+      pack_in(s, dtype, algorithm);
     }
     args.input = input.const_data_ptr();
     args.input_stride_n = input.stride(0);
@@ -305,22 +310,22 @@ struct PackedConv {
     if (algorithm == Algorithm::amx) {
       auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
-      pack_in(s, Algorithm::packed);
+      pack_in(s, dtype, Algorithm::packed);
     } else if (is_winograd(algorithm)) {
       auto sums = is_winograd_stem(s)
                       ? run_winograd_stem(args, s, dtype, statistics)
                       : run_winograd(args, s, dtype, winograd_tile(algorithm), statistics);
       if (sums.has_value()) return std::move(*sums);
-      pack_in(s, Algorithm::packed);
+      pack_in(s, dtype, Algorithm::packed);
     }
     return run_packed(args, s, dtype, statistics);
   }
 
  private:
-  void pack_in(const ConvShape& s, Algorithm form) {
-    packed = scratch_floats(packed_floats(s, form));
+  void pack_in(const ConvShape& s, DType dtype, Algorithm form) {
+    packed = scratch_floats(packed_floats(s, form, dtype));
     const bool is_float = weight.scalar_type() == ScalarType::Float;
-    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form,
+    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form, dtype,
          packed.floats());
     args.weight = packed.floats();
   }
@@ -430,7 +435,7 @@ int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
                                  const std::vector<int64_t>& dilation, int64_t groups,
                                  const std::vector<int64_t>& input_size) {
   const ConvShape s = shape_to_pack(weight, stride, padding, dilation, groups, input_size);
-  return packs(s) ? packed_floats(s, cheapest_algorithm(s, false)) : 0;
+  return packs(s) ? packed_floats(s, cheapest_algorithm(s, false), DType::float32) : 0;
 }
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
@@ -442,8 +447,10 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
                     padding, dilation, groups, input_size);
   if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
   const Algorithm form = cheapest_algorithm(s, false);
-  Tensor packed = empty_floats(packed_floats(s, form));
-  if (packed.numel() > 0) pack(weight, s, form, static_cast<float*>(packed.mutable_data_ptr()));
+  Tensor packed = empty_floats(packed_floats(s, form, dtype));
+  if (packed.numel() > 0) {
+    pack(weight, s, form, dtype, static_cast<float*>(packed.mutable_data_ptr()));
+  }
   return packed;
 }
 
@@ -546,7 +553,7 @@ Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const 
     return z;
   }
   Tensor y = empty_channels_last(sizes, type_);
-  PackedConv conv(input, weight_, packed_, shape_, algorithm_);
+  PackedConv conv(input, weight_, packed_, shape_, dtype_, algorithm_);
   set_epilogue(conv.args, y);
   conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
   conv.run(shape_, dtype_, false);
@@ -559,7 +566,7 @@ Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual,
                      !residual.has_value() && winograd_stem_pools(shape_, pool, dtype_);
   if (along) {
     Tensor y = empty_channels_last({pool.n, pool.c, pool.oh, pool.ow}, type_);
-    PackedConv conv(input, weight_, packed_, shape_, algorithm_);
+    PackedConv conv(input, weight_, packed_, shape_, dtype_, algorithm_);
     set_epilogue(conv.args, y);
     if (run_winograd_stem_pool(conv.args, shape_, pool, dtype_)) {
       log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
@@ -616,7 +623,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
     sums = sums_of(z, dtype);
   } else {
     z = empty_channels_last(s.output(), type);
-    PackedConv conv(input, weight, std::nullopt, s, algorithm);
+    PackedConv conv(input, weight, std::nullopt, s, dtype, algorithm);
     Scratch mean_floats, scale_floats, bias_floats;
     if (prologue.has_value()) {
       mean_floats = padded_vector(prologue->mean);

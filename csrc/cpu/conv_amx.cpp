@@ -11,6 +11,8 @@
 namespace fastres::cpu {
 namespace {
 
+int parts_of(DType dtype) { return amx_parts(dtype == DType::bfloat16); }
+
 struct Plan {
   int64_t image_blocks, row_blocks, channel_groups;
 
@@ -35,30 +37,34 @@ int64_t image_cut(const ConvShape& s, int64_t i, int64_t count) {
 }
 
 // Of the busiest thread, in cycles: 108 for a step of a tile by a panel, 9 to split 32 channels of
-// a pixel. The first tiles, at most four, wait for the weights of a step of a panel to be read.
-double plan_cost(const ConvShape& s, const ConvArgs& args, const Plan& plan, int64_t threads) {
+// a pixel, and a sixth and a third of that for numbers of one part. The first tiles, at most four,
+// wait for the weights of a step of a panel to be read.
+double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan& plan,
+                 int64_t threads) {
   const int64_t images = images_of_block(s, plan), rows = ceil_div(s.oh, plan.row_blocks);
-  const AmxWindow window(args, images, rows);
+  const AmxWindow window(args, images, rows, parts);
   const double tiles = static_cast<double>(amx_most_tiles(images, rows, s.ow));
   const double taps = static_cast<double>(window.taps * window.steps);
   const double panels =
       static_cast<double>(ceil_div(ceil_div(s.panels(), 2), plan.channel_groups) * 2);
-  const double split =
-      9.0 * static_cast<double>(window.phases * window.rows * window.pitch() * window.steps);
-  const double waiting = std::max(100.0, 450.0 - 108.0 * std::min(tiles, 4.0));
-  const double block = taps * panels * (108.0 * tiles + waiting) + split;
+  const double multiply = 18.0 * (parts == 1 ? 1 : 6), split = 3.0 * parts;
+  const double lines =
+      static_cast<double>(window.phases * window.rows * window.pitch() * window.steps);
+  const double waiting =
+      parts == 1 ? 50.0 : std::max(100.0, 450.0 - multiply * std::min(tiles, 4.0));
+  const double block = taps * panels * (multiply * tiles + waiting) + split * lines;
   return block * static_cast<double>(ceil_div(plan.pixel_blocks() * plan.channel_groups, threads));
 }
 
 // Blocks of several images and fewer rows have fuller tiles, blocks of whole images less padding.
-Plan make_plan(const ConvShape& s, int64_t threads) {
+Plan make_plan(const ConvShape& s, int parts, int64_t threads) {
   ConvArgs args{};
   set_sizes(args, s);
   const int64_t units = ceil_div(s.n, image_unit(s));
   Plan best{s.n, s.oh, 1};
   double best_cost = std::numeric_limits<double>::infinity();
   const auto consider = [&](const Plan& plan) {
-    const double cost = plan_cost(s, args, plan, threads);
+    const double cost = plan_cost(s, args, parts, plan, threads);
     if (cost < best_cost) {
       best_cost = cost;
       best = plan;
@@ -69,8 +75,8 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
   for (int64_t groups = 1; groups <= std::min(threads, pairs); ++groups) {
     for (int64_t images = 1; images <= most_images; images *= 2) {
       const auto fits = [&](const Plan& plan) {
-        return AmxWindow(args, images_of_block(s, plan), ceil_div(s.oh, plan.row_blocks))
-                   .floats() <= kWindowFloats;
+        const int64_t rows = ceil_div(s.oh, plan.row_blocks);
+        return AmxWindow(args, images_of_block(s, plan), rows, parts).floats() <= kWindowFloats;
       };
       Plan plan{ceil_div(units, images), 1, groups};
       while (plan.row_blocks < s.oh && !fits(plan)) ++plan.row_blocks;
@@ -96,10 +102,10 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
 
 bool has_matrix_unit() { return kernels().amx_block[static_cast<int>(DType::float32)] != nullptr; }
 
-int64_t amx_packed_floats(const ConvShape& s) {
+int64_t amx_packed_floats(const ConvShape& s, DType dtype) {
   const bool by_rows = amx_takes_rows(s.ci, s.kw);
   const int64_t taps = by_rows ? s.kh : s.kh * s.kw, channels = by_rows ? s.kw * s.ci : s.ci;
-  return s.panels() * amx_packed_panel_floats(taps, channels) + kConvPanel;
+  return s.panels() * amx_packed_panel_floats(taps, channels, parts_of(dtype)) + kConvPanel;
 }
 
 bool amx_pays(const ConvShape& s) {
@@ -123,10 +129,11 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
     args.output_stride_n = args.output_stride_w;
   }
   set_sizes(conv, s);
-  const Plan plan = make_plan(s, torch::stable::get_num_threads());
+  const int parts = parts_of(dtype);
+  const Plan plan = make_plan(s, parts, torch::stable::get_num_threads());
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
-  const AmxWindow window(conv, images, rows);
+  const AmxWindow window(conv, images, rows, parts);
   const int64_t plane = s.panels() * kConvPanel;
   const int64_t tiles = amx_most_tiles(images, rows, s.ow);
   const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
@@ -136,8 +143,10 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   };
   const auto scratch = [&] {
     return Memory{scratch_floats(window.floats()),
-                  scratch_floats(2 * amx_group_pairs(window.taps, window.channels) *
-                                 amx_panel_floats(window.taps, window.channels)),
+                  scratch_floats(parts == 1
+                                     ? 0
+                                     : 2 * amx_group_pairs(window.taps, window.channels, parts) *
+                                           amx_panel_floats(window.taps, window.channels, parts)),
                   std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows),
                   std::vector<int64_t>(window.taps)};
   };
@@ -152,9 +161,9 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
                          .w1 = s.ow,
                          .panel0 = panel0,
                          .panel1 = panel1};
-    const AmxScratch parts{memory.window.floats(), memory.weights.floats(), memory.starts.data(),
+    const AmxScratch given{memory.window.floats(), memory.weights.floats(), memory.starts.data(),
                            memory.offsets.data(), memory.places.data()};
-    return kernel(args, part, parts, sums);
+    return kernel(args, part, given, sums);
   };
   return run_blocks(plan.channel_groups, plan.pixel_blocks(), statistics ? kConvSums * plane : 0,
                     scratch, run);
@@ -219,9 +228,9 @@ std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                         .padding = {h.padding, w.padding},
                         .dilation = {1, 1},
                         .groups = 1};
-      const Scratch packed = scratch_floats(amx_packed_floats(t));
-      pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride), kernels().amx_pack,
-                  packed.floats());
+      const Scratch packed = scratch_floats(amx_packed_floats(t, DType::float32));
+      pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride),
+                  kernels().amx_pack[static_cast<int>(DType::float32)], packed.floats());
       const int64_t first = a * whole.output_stride_h + b * whole.output_stride_w;
       args.conv.weight = packed.floats();
       args.conv.output = static_cast<float*>(whole.conv.output) + first;

@@ -16,7 +16,7 @@ bool has_matrix_unit();
 bool amx_pays(const ConvShape& s);
 
 // Length of the packed weights. It is no other form's: a line is left over.
-int64_t amx_packed_floats(const ConvShape& s);
+int64_t amx_packed_floats(const ConvShape& s, DType dtype);
 
 // As run_winograd, with weights that KernelTable::amx_pack packed. They are split on the way, which
 // takes less time than reading half as many bytes again.

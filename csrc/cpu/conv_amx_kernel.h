@@ -1,7 +1,8 @@
 // The interface between conv_amx.cpp and conv_amx_kernel.inl: float32 convolutions on the matrix
 // unit of Intel's AMX, which multiplies bfloat16 and adds in float32. A float is the sum of three
 // bfloat16 parts, high + middle + low; of the nine products of two floats' parts the six largest
-// are added up, which leaves out less than 2^-22 of a product.
+// are added up, which leaves out less than 2^-22 of a product. Images of bfloat16 are multiplied as
+// they are, by weights of bfloat16.
 #pragma once
 
 #include "conv_kernel.h"
@@ -25,6 +26,9 @@ struct AmxConvArgs {
   const float *x, *x_mean, *x_scale, *x_bias;
 };
 
+// Parts of the numbers that are multiplied, where images are of bfloat16 or not.
+constexpr int amx_parts(bool is_bfloat16) { return is_bfloat16 ? 1 : kAmxParts; }
+
 // Floats that a tile's operand of one part takes, and all three parts.
 inline constexpr int64_t kAmxTile = 16 * kAmxDepth / 2;
 inline constexpr int64_t kAmxStep = kAmxParts * kAmxTile;
@@ -40,18 +44,19 @@ inline constexpr int kAmxStreams = 8;
 inline constexpr int kAmxStreamDepth = kAmxDepth / kAmxStreams;
 inline constexpr int64_t kAmxStreamStep = kAmxPackedStep / kAmxStreams;
 
-constexpr int64_t amx_packed_panel_floats(int64_t taps, int64_t ci) {
-  return taps * amx_steps(ci) * kAmxPackedStep;
+// Weights of one part are packed as that: [step][tap][channel pair][16 output channels][2].
+constexpr int64_t amx_packed_panel_floats(int64_t taps, int64_t ci, int parts) {
+  return taps * amx_steps(ci) * (parts == 1 ? kAmxTile : kAmxPackedStep);
 }
 
-constexpr int64_t amx_panel_floats(int64_t taps, int64_t ci) {
-  return taps * amx_steps(ci) * kAmxStep;
+constexpr int64_t amx_panel_floats(int64_t taps, int64_t ci, int parts = kAmxParts) {
+  return taps * amx_steps(ci) * parts * kAmxTile;
 }
 
 // Weights in parts, of so many pairs of panels, stay in the second level cache while pixels pass
 // by.
-constexpr int64_t amx_group_pairs(int64_t taps, int64_t ci) {
-  const int64_t pairs = 64 * 1024 / (2 * amx_panel_floats(taps, ci));
+constexpr int64_t amx_group_pairs(int64_t taps, int64_t ci, int parts) {
+  const int64_t pairs = 64 * 1024 / (2 * amx_panel_floats(taps, ci, parts));
   return pairs > 1 ? pairs : 1;
 }
 
@@ -68,14 +73,15 @@ constexpr bool amx_takes_rows(int64_t ci, int64_t kw) {
 // of neighbouring outputs begin at every stride-th pixel, and overlap.
 struct AmxWindow {
   bool by_kernel_rows;
+  int parts;
   int64_t images, rows, columns;  // of a phase
   int64_t phases, steps;
   int64_t taps, channels;  // of a tap
   int64_t line, row;       // 16-bit numbers from a line to the next, and from a row
   int64_t out_row;         // and from an output row's first line to the next one's
 
-  constexpr AmxWindow(const ConvArgs& args, int64_t images_, int64_t out_rows)
-      : by_kernel_rows(amx_takes_rows(args.ci, args.kw)), images(images_) {
+  constexpr AmxWindow(const ConvArgs& args, int64_t images_, int64_t out_rows, int parts_)
+      : by_kernel_rows(amx_takes_rows(args.ci, args.kw)), parts(parts_), images(images_) {
     if (by_kernel_rows) {
       rows = (out_rows - 1) * args.stride_h + args.kh;
       columns = (args.ow + kAmxRows - 1) / kAmxRows * kAmxRows;  // outputs, in whole tiles
@@ -105,7 +111,7 @@ struct AmxWindow {
   }
   constexpr int64_t floats() const {
     // A row of floats, before it is split.
-    return phases * steps * kAmxParts * plane() + (by_kernel_rows ? row : 0);
+    return phases * steps * parts * plane() + (by_kernel_rows ? row : 0);
   }
 };
 
@@ -116,7 +122,7 @@ constexpr int64_t amx_most_tiles(int64_t images, int64_t rows, int64_t ow) {
 
 struct AmxScratch {
   float* window;     // AmxWindow::floats()
-  float* weights;    // 2 * amx_group_pairs() * amx_panel_floats()
+  float* weights;    // 2 * amx_group_pairs() * amx_panel_floats(), where they are split
   int64_t* starts;   // amx_most_tiles(): where in a part a tile's first line is, in 16-bit numbers
   int64_t* offsets;  // 16 times as many: where an output pixel is written, or -1
   int64_t* places;   // AmxWindow::taps

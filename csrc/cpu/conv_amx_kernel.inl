@@ -28,6 +28,18 @@ FASTRES_INLINE __m512i amx_pair(Floats first, Floats second) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, upper, bit_cast<__m512i>(second));
 }
 
+// Two vectors rounded to bfloat16, the first in the lower half of each pair.
+FASTRES_INLINE void amx_store_pairs(float* to, Floats first, Floats second) {
+  alignas(64) uint16_t rounded[2 * kFloatLanes];
+  store(reinterpret_cast<bfloat16*>(rounded), first);
+  store(reinterpret_cast<bfloat16*>(rounded) + kFloatLanes, second);
+  uint16_t* pairs = reinterpret_cast<uint16_t*>(to);
+  for (int i = 0; i < kFloatLanes; ++i) {
+    pairs[2 * i] = rounded[i];
+    pairs[2 * i + 1] = rounded[kFloatLanes + i];
+  }
+}
+
 // The three parts of pairs, each `part` numbers after the other.
 template <bool kRounded>
 FASTRES_INLINE void amx_split_pairs(uint16_t* out, int64_t part, Floats first, Floats second) {
@@ -51,8 +63,21 @@ FASTRES_INLINE void amx_store(float* to, Floats first, Floats second) {
   _mm512_store_si512(to, words);
 }
 
-// The three parts of 32 channels, each `plane` floats after the other.
+// The parts of a storage type's numbers.
+template <typename T>
+inline constexpr int kAmxPartsOf = amx_parts(false);
+template <>
+inline constexpr int kAmxPartsOf<bfloat16> = amx_parts(true);
+
+// The one part or the three of 32 channels, each `plane` floats after the other.
+template <int kParts>
 FASTRES_INLINE void amx_split(Floats a, Floats b, float* to, int64_t plane) {
+  if constexpr (kParts == 1) {
+    bfloat16* numbers = reinterpret_cast<bfloat16*>(to);
+    store(numbers, a);
+    store(numbers + kFloatLanes, b);
+    return;
+  }
   const Floats high_a = amx_rounded(a), high_b = amx_rounded(b);
   const Floats rest_a = a - high_a, rest_b = b - high_b;
   const Floats middle_a = amx_rounded(rest_a), middle_b = amx_rounded(rest_b);
@@ -76,10 +101,15 @@ FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const floa
     if constexpr (kLoad == AmxLoad::prologue) return relu((x - mean) * scale + bias);
     return x + (bias + scale * (load_at(z + c) - mean));
   };
+  constexpr int kParts = kAmxPartsOf<T>;
   const auto whole = [](const auto* p) FASTRES_LAMBDA_INLINE { return load(p); };
   int64_t c = 0;
-  for (; c + kAmxDepth <= args.ci; c += kAmxDepth, to += kAmxParts * plane) {
-    amx_split(loaded(c, whole), loaded(c + kFloatLanes, whole), to, plane);
+  for (; c + kAmxDepth <= args.ci; c += kAmxDepth, to += kParts * plane) {
+    if constexpr (kParts == 1 && kLoad == AmxLoad::plain) {
+      __builtin_memcpy(to, in + c, kAmxDepth * sizeof(T));
+    } else {
+      amx_split<kParts>(loaded(c, whole), loaded(c + kFloatLanes, whole), to, plane);
+    }
   }
   if (c == args.ci) return;
   Floats x[2] = {};
@@ -91,7 +121,7 @@ FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const floa
                                    return load_partial(p, rest);
                                  });
   }
-  amx_split(x[0], x[1], to, plane);
+  amx_split<kParts>(x[0], x[1], to, plane);
 }
 
 template <typename T, AmxLoad kLoad>
@@ -99,7 +129,7 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
                      float* to) {
   const ConvArgs& args = all.conv;
   constexpr int64_t line = kAmxDepth / 2;
-  const int64_t plane = window.plane(), parts = window.steps * kAmxParts;
+  const int64_t plane = window.plane(), parts = window.steps * kAmxPartsOf<T>;
   const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
   const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
   const int64_t width = (args.ow - 1) * args.stride_w + args.kw;
@@ -133,7 +163,7 @@ template <typename T>
 void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow& window,
                    float* to) {
   const int64_t plane = window.plane();
-  float* const row = to + kAmxParts * plane;
+  float* const row = to + kAmxPartsOf<T> * plane;
   const int64_t first = min(args.pad_w * args.ci, window.row);
   const int64_t pixels = min(args.iw, (window.row - first) / args.ci);
   conv_zero(row, window.row);
@@ -142,7 +172,7 @@ void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow
   for (int64_t r = 0; r < rows; ++r, to += window.row / 2) {
     const int64_t h = h0 + r;
     if (h < 0 || h >= args.ih) {
-      for (int p = 0; p < kAmxParts; ++p) conv_zero(to + p * plane, window.row / 2);
+      for (int p = 0; p < kAmxPartsOf<T>; ++p) conv_zero(to + p * plane, window.row / 2);
       continue;
     }
     const T* in = static_cast<const T*>(args.input) + block.n0 * args.input_stride_n +
@@ -166,7 +196,7 @@ void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow
       }
     }
     for (int64_t i = 0; i < window.row; i += kAmxDepth) {
-      amx_split(load(row + i), load(row + i + kFloatLanes), to + i / 2, plane);
+      amx_split<kAmxPartsOf<T>>(load(row + i), load(row + i + kFloatLanes), to + i / 2, plane);
     }
   }
 }
@@ -225,6 +255,21 @@ struct AmxMeanwhile {
     if (pixel < pixels) write(*this, pixels);
   }
 };
+
+// The sums of R tiles of pixels by C of channels, tile after tile of a pixel's channels.
+template <int R, int C>
+FASTRES_INLINE void amx_store_tiles(float* out, int64_t row) {
+  _tile_stored(0, out, row * 4);
+  if constexpr (C == 1) {
+    if (R > 1) _tile_stored(1, out + kAmxRows * row, row * 4);
+    if (R > 2) _tile_stored(2, out + 2 * kAmxRows * row, row * 4);
+    if (R > 3) _tile_stored(3, out + 3 * kAmxRows * row, row * 4);
+  } else {
+    _tile_stored(1, out + kAmxRows, row * 4);
+    if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
+    if (R > 1) _tile_stored(3, out + kAmxRows * row + kAmxRows, row * 4);
+  }
+}
 
 // Sums of R tiles of pixels by C of channels into `out`, `row` floats a pixel. `parts` are the
 // weights' parts; with kSplit they are made on the way from the packed `weight`, a step ahead of
@@ -321,16 +366,41 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
       meanwhile.step();
     }
   }
-  _tile_stored(0, out, row * 4);
-  if constexpr (C == 1) {
-    if (R > 1) _tile_stored(1, out + kAmxRows * row, row * 4);
-    if (R > 2) _tile_stored(2, out + 2 * kAmxRows * row, row * 4);
-    if (R > 3) _tile_stored(3, out + 3 * kAmxRows * row, row * 4);
-  } else {
-    _tile_stored(1, out + kAmxRows, row * 4);
-    if (R > 1) _tile_stored(2, out + kAmxRows * row, row * 4);
-    if (R > 1) _tile_stored(3, out + kAmxRows * row + kAmxRows, row * 4);
+  amx_store_tiles<R, C>(out, row);
+}
+
+// As amx_tiles, for numbers of one part: the packed `weight` is what is multiplied.
+template <int R, int C>
+__attribute__((noinline)) void amx_tiles_of_one_part(const AmxDepth& d, const float* window,
+                                                     const int64_t* starts, const float* weight,
+                                                     float* out, int64_t row,
+                                                     AmxMeanwhile& meanwhile) {
+  static_assert(R <= 2 && C <= 2);
+  constexpr int kStride = 64;
+  alignas(64) float nothing[kAmxTile];
+  _tile_zero(0);
+  if (C > 1 || R > 1) _tile_zero(1);
+  if (R > 1) _tile_zero(2);
+  if (R > 1) _tile_zero(3);
+  const uint16_t* step = reinterpret_cast<const uint16_t*>(window);
+  int64_t current = 0;
+  for (int64_t k = 0; k < d.steps; ++k, step += d.step) {
+    for (int64_t tap = 0; tap < d.taps; ++tap, ++current, weight += kAmxTile) {
+      const uint16_t* a = step + d.places[tap];
+      _tile_loadd(4, a + starts[0], 2 * d.line);
+      _tile_loadd(6, weight, kStride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (C > 1) _tile_loadd(7, weight + d.panel_parts, kStride);
+      if (C > 1) _tile_dpbf16ps(1, 4, 7);
+      if (R > 1) _tile_loadd(5, a + starts[1], 2 * d.line);
+      if (R > 1 && C == 1) _tile_dpbf16ps(1, 5, 6);
+      if (R > 1 && C > 1) _tile_dpbf16ps(2, 5, 6);
+      if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+      if (current % 8 == 7) _tile_stored(6, nothing, kStride);
+      meanwhile.step();
+    }
   }
+  amx_store_tiles<R, C>(out, row);
 }
 
 // Where the tiles of a block start and their pixels are written; returns their number.
@@ -404,7 +474,8 @@ FASTRES_INLINE Floats amx_write(const AmxConvArgs& all, const float* tile, int r
   const int whole = channels / kFloatLanes, rest = channels % kFloatLanes;
   const int vecs = whole + (rest != 0 ? 1 : 0);
   Floats bad = {};
-  for (int v = 0; v < vecs; ++v) {
+  // Numbers of one part pass through as they are.
+  for (int v = 0; kAmxPartsOf<T> > 1 && v < vecs; ++v) {
     Floats even = {}, odd = {};  // an addition waits for the one before
     for (int r = 0; r < rows; r += 2) {
       even += load(tile + r * kConvColumns + v * kFloatLanes) * 0.0f;
@@ -458,7 +529,8 @@ template <typename T>
 bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScratch& scratch,
                     double* sums) {
   const ConvArgs& args = all.conv;
-  const AmxWindow window(args, block.n1 - block.n0, block.h1 - block.h0);
+  constexpr int kParts = kAmxPartsOf<T>;
+  const AmxWindow window(args, block.n1 - block.n0, block.h1 - block.h0, kParts);
   if (window.by_kernel_rows) {
     amx_fill_rows<T>(args, block, window, scratch.window);
   } else {
@@ -474,17 +546,17 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   for (int64_t tap = 0; tap < window.taps; ++tap) {
     const int64_t h = tap / kw, v = tap % kw;
     const int64_t phase = h % stride_h * stride_w + v % stride_w;
-    scratch.places[tap] = 2 * phase * window.steps * kAmxParts * window.plane() +
+    scratch.places[tap] = 2 * phase * window.steps * kParts * window.plane() +
                           h / stride_h * window.row + v / stride_w * window.images * window.line;
   }
   const AmxDepth depth = {.steps = window.steps,
                           .taps = window.taps,
                           .places = scratch.places,
                           .line = window.line,
-                          .step = 2 * kAmxParts * window.plane(),
+                          .step = 2 * kParts * window.plane(),
                           .plane = window.plane(),
-                          .panel_parts = amx_panel_floats(window.taps, window.channels)};
-  const int64_t packed = amx_packed_panel_floats(window.taps, window.channels);
+                          .panel_parts = amx_panel_floats(window.taps, window.channels, kParts)};
+  const int64_t packed = amx_packed_panel_floats(window.taps, window.channels, kParts);
   const int64_t end = min(block.panel1 * kConvPanel, args.co);
   static_assert(kConvColumns == 2 * kAmxRows && kFloatLanes == kAmxRows);
   static constexpr AmxConfig config{};
@@ -497,8 +569,9 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   meanwhile.all = &all;
   meanwhile.sums = sums;
   meanwhile.bytes = sizeof(T);
-  const auto run = [&](auto compute, int64_t tile, int count, int64_t c, int channels,
-                       const float* weight, float* parts, bool ring) FASTRES_LAMBDA_INLINE {
+  // Some tiles by some channels, by a function of where the tiles start and of their sums.
+  const auto run = [&](const auto& compute, int64_t tile, int count, int64_t c,
+                       int channels) FASTRES_LAMBDA_INLINE {
     constexpr int fewest_pixels = 8;  // of a step: their statistics are added up at a time
     const int pixels = count * kAmxRows;
     const int64_t* offsets = scratch.offsets + tile * kAmxRows;
@@ -512,8 +585,7 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
       meanwhile.ahead_end = min(meanwhile.ahead + 2 * kAmxRows,
                                 static_cast<const int64_t*>(scratch.offsets) + tiles * kAmxRows);
     }
-    compute(depth, scratch.window, scratch.starts + tile, weight, parts, ring, out[current],
-            kConvColumns, meanwhile);
+    compute(scratch.starts + tile, out[current]);
     meanwhile.finish();
     meanwhile.tile = out[current];
     meanwhile.offsets = offsets;
@@ -523,34 +595,58 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
     meanwhile.pixels = pixels;
     current = 1 - current;
   };
-  static constexpr auto splitting = [](int64_t count) FASTRES_LAMBDA_INLINE {
-    return count == 4   ? amx_tiles<4, 1, true>
-           : count == 3 ? amx_tiles<3, 1, true>
-           : count == 2 ? amx_tiles<2, 1, true>
-                        : amx_tiles<1, 1, true>;
-  };
-  // The first tiles are those that split the weights; the others come in pairs.
-  const int64_t first = tiles <= 4 ? tiles : 4 - tiles % 2;
-  const bool ring = tiles <= 4;
   // Where weights are few, several pairs of panels at a time: a pixel's channels are written, and
   // its residual is read, in one go.
-  const int64_t group = amx_group_pairs(window.taps, window.channels) * kConvColumns;
+  const int64_t group = amx_group_pairs(window.taps, window.channels, kParts) * kConvColumns;
   for (int64_t group0 = block.panel0 * kConvPanel; group0 < end; group0 += group) {
     const int64_t group1 = min(group0 + group, end);
-    const auto parts_of = [&](int64_t c) FASTRES_LAMBDA_INLINE {
-      return scratch.weights + (c - group0) / kConvPanel * depth.panel_parts;
+    const auto packed_of = [&](int64_t c) FASTRES_LAMBDA_INLINE {
+      return args.weight + c / kConvPanel * packed;
     };
-    for (int64_t c = group0; c < group1; c += kConvPanel) {
-      run(splitting(first), 0, static_cast<int>(first), c,
-          static_cast<int>(min<int64_t>(kConvPanel, end - c)),
-          args.weight + c / kConvPanel * packed, parts_of(c), ring);
-    }
-    for (int64_t t = first; t < tiles; t += 2) {
-      for (int64_t c = group0; c < group1; c += kConvColumns) {
-        const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
-        run(channels > kAmxRows ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>, t, 2, c,
-            channels, nullptr, parts_of(c), false);
+    // Pairs of tiles from `first` on by pairs of panels.
+    const auto run_pairs = [&](int64_t first, const auto& compute_of) FASTRES_LAMBDA_INLINE {
+      for (int64_t t = first; t < tiles; t += 2) {
+        const int count = static_cast<int>(min<int64_t>(2, tiles - t));
+        for (int64_t c = group0; c < group1; c += kConvColumns) {
+          const int channels = static_cast<int>(min<int64_t>(kConvColumns, end - c));
+          run(compute_of(c, count, channels > kAmxRows), t, count, c, channels);
+        }
       }
+    };
+    if constexpr (kParts == 1) {
+      run_pairs(0, [&](int64_t c, int count, bool wide) FASTRES_LAMBDA_INLINE {
+        const auto multiply = count == 2
+                                  ? (wide ? amx_tiles_of_one_part<2, 2> : amx_tiles_of_one_part<2, 1>)
+                                  : (wide ? amx_tiles_of_one_part<1, 2> : amx_tiles_of_one_part<1, 1>);
+        return [&, multiply, c](const int64_t* starts, float* to) {
+          multiply(depth, scratch.window, starts, packed_of(c), to, kConvColumns, meanwhile);
+        };
+      });
+    } else {
+      const auto parts_of = [&](int64_t c) FASTRES_LAMBDA_INLINE {
+        return scratch.weights + (c - group0) / kConvPanel * depth.panel_parts;
+      };
+      // The first tiles are those that split the weights; the others come in pairs.
+      const int first = static_cast<int>(tiles <= 4 ? tiles : 4 - tiles % 2);
+      const bool ring = tiles <= 4;
+      const auto multiply = first == 4   ? amx_tiles<4, 1, true>
+                            : first == 3 ? amx_tiles<3, 1, true>
+                            : first == 2 ? amx_tiles<2, 1, true>
+                                         : amx_tiles<1, 1, true>;
+      for (int64_t c = group0; c < group1; c += kConvPanel) {
+        const auto split = [&](const int64_t* starts, float* to) {
+          multiply(depth, scratch.window, starts, packed_of(c), parts_of(c), ring, to, kConvColumns,
+                   meanwhile);
+        };
+        run(split, 0, first, c, static_cast<int>(min<int64_t>(kConvPanel, end - c)));
+      }
+      run_pairs(first, [&](int64_t c, int, bool wide) FASTRES_LAMBDA_INLINE {
+        const auto multiply_split = wide ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>;
+        return [&, multiply_split, c](const int64_t* starts, float* to) {
+          multiply_split(depth, scratch.window, starts, nullptr, parts_of(c), false, to,
+                         kConvColumns, meanwhile);
+        };
+      });
     }
   }
   meanwhile.finish();
@@ -561,16 +657,18 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
 
 // Packs panels [panel0, panel1): channels that fill a tap's last step are zero, and so is the line
 // that is left over.
-inline void amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
+template <int kParts>
+void amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   const bool by_rows = amx_takes_rows(w.ci, w.kw);
   const int64_t taps = by_rows ? w.kh : w.kh * w.kw, steps = by_rows ? 1 : amx_steps(w.ci);
+  constexpr int64_t kStep = kParts == 1 ? kAmxTile : kAmxPackedStep;  // floats of a packed step
   alignas(64) float step[kAmxPackedStep];
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    float* out = packed + panel * steps * taps * kAmxPackedStep;
+    float* out = packed + panel * steps * taps * kStep;
     const float* in = w.data + panel * kConvPanel * w.stride_o;
     const int count = static_cast<int>(min<int64_t>(kConvPanel, w.co - panel * kConvPanel));
     for (int64_t k = 0; k < steps; ++k) {
-      for (int64_t tap = 0; tap < taps; ++tap, out += kAmxStreamStep) {
+      for (int64_t tap = 0; tap < taps; ++tap, out += kParts == 1 ? kAmxTile : kAmxStreamStep) {
         int64_t filled = 0;
         if (by_rows) {
           for (int64_t v = 0; v < w.kw; ++v, filled += w.ci) {
@@ -583,15 +681,21 @@ inline void amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t
           conv_pack_tap(w, first + k * kAmxDepth * w.stride_i, 0, filled, count, step);
         }
         conv_zero(step + filled * kConvPanel, kAmxPackedStep - filled * kConvPanel);
-        for (int64_t i = 0; i < kAmxPackedStep; i += kFloatLanes) {
-          const int64_t stream = i / kAmxStreamStep, at = i % kAmxStreamStep;
-          store(out + stream * steps * taps * kAmxStreamStep + at, load(step + i));
+        if constexpr (kParts == 1) {
+          for (int64_t i = 0; i < kAmxPackedStep; i += 2 * kConvPanel) {
+            amx_store_pairs(out + i / 2, load(step + i), load(step + i + kConvPanel));
+          }
+        } else {
+          for (int64_t i = 0; i < kAmxPackedStep; i += kFloatLanes) {
+            const int64_t stream = i / kAmxStreamStep, at = i % kAmxStreamStep;
+            store(out + stream * steps * taps * kAmxStreamStep + at, load(step + i));
+          }
         }
       }
     }
   }
   const int64_t panels = (w.co + kConvPanel - 1) / kConvPanel;
-  if (panel1 == panels) conv_zero(packed + panels * steps * taps * kAmxPackedStep, kConvPanel);
+  if (panel1 == panels) conv_zero(packed + panels * steps * taps * kStep, kConvPanel);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -137,7 +137,7 @@ struct KernelTable {
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
-  ConvPackFn amx_pack;            // into panels of amx_packed_panel_floats()
+  ConvPackFn amx_pack[kDTypes];   // into panels of amx_packed_panel_floats()
   AmxGradientFn amx_gradient;     // none without a matrix unit
   AmxGradientEndFn amx_gradient_end;
   WinogradBlockFn winograd_amx_block[2][kDTypes];  // without a stride; none without a matrix unit

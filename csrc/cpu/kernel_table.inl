@@ -89,7 +89,9 @@ constexpr KernelTable make_table() {
   t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
   t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;
   t.amx_block[static_cast<int>(DType::float16)] = amx_conv_block<float16>;
-  t.amx_pack = amx_pack;
+  t.amx_pack[static_cast<int>(DType::float32)] = amx_pack<kAmxPartsOf<float>>;
+  t.amx_pack[static_cast<int>(DType::bfloat16)] = amx_pack<kAmxPartsOf<bfloat16>>;
+  t.amx_pack[static_cast<int>(DType::float16)] = amx_pack<kAmxPartsOf<float16>>;
   t.amx_gradient = amx_gradient;
   t.amx_gradient_end = amx_gradient_end;
 #endif

@@ -35,11 +35,11 @@ struct WinogradParts {
             args, in, lines, columns, c + kFloatLanes,
             [&](int i, int j, Floats x) FASTRES_LAMBDA_INLINE {
               const int position = i * (O + 2) + j;
-              amx_split(first[position], x, v + position * to.stride, kAmxTile);
+              amx_split<kAmxParts>(first[position], x, v + position * to.stride, kAmxTile);
             });
       } else {
         for (int position = 0; position < kPositions; ++position) {
-          amx_split(first[position], Floats{}, v + position * to.stride, kAmxTile);
+          amx_split<kAmxParts>(first[position], Floats{}, v + position * to.stride, kAmxTile);
         }
       }
     }
