@@ -8,7 +8,6 @@
 #include <numeric>
 
 #include "conv_blocks.h"
-#include "kernel_table.h"
 #include "memory.h"
 #include "winograd.h"
 
@@ -40,11 +39,15 @@ int64_t lists_of(const ConvShape& s, int64_t images) {
 }
 
 // In cycles: the products of two panels and 32 pixels, and the transform of a number.
-constexpr double kProductCost = 400.0, kTransformCost = 0.5;
+struct Costs {
+  double product, transform;
+};
+
+Costs costs_of(int parts) { return parts == 1 ? Costs{70.0, 0.3} : Costs{400.0, 0.5}; }
 
 // The best number of innermost images: rows' ends waste products, and so does a tap's part of a row
 // outside the input; many images are far apart in memory.
-int64_t best_images(const ConvShape& s) {
+int64_t best_images(const ConvShape& s, const Costs& costs) {
   constexpr double far_apart = 2.5;
   int64_t best = 1;
   double best_cost = std::numeric_limits<double>::infinity();
@@ -61,8 +64,8 @@ int64_t best_images(const ConvShape& s) {
     const double lists =
         static_cast<double>(lists_of(s, images)) + (images == kAmxPixels ? far_apart : 0.0);
     const double cost =
-        rows * (steps * s.kh * pairs * kProductCost +
-                round_up(s.ow * images, kAmxPixels) * lists * s.ci * kTransformCost);
+        rows * (steps * s.kh * pairs * costs.product +
+                round_up(s.ow * images, kAmxPixels) * lists * s.ci * costs.transform);
     if (cost < best_cost) best_cost = cost, best = images;
   }
   return best;
@@ -77,16 +80,18 @@ struct Plan {
   int64_t chunks() const { return group_cuts * row_cuts * column_cuts; }
 };
 
-Plan make_plan(const ConvShape& s, int64_t threads) {
+Plan make_plan(const ConvShape& s, int parts_of_number, int64_t threads) {
   const int64_t left = ceil_div(s.ci, kAmxPanel), right = ceil_div(s.co, kAmxPanel);
   const int64_t taps = s.kh * s.kw;
   Plan plan{};
-  plan.images = best_images(s);
+  const Costs costs = costs_of(parts_of_number);
+  plan.images = best_images(s, costs);
   plan.groups = ceil_div(s.n, plan.images);
   const int64_t lists = lists_of(s, plan.images);
 
   // In cycles of a thread: products, the transforms of what each part reads, the sums.
-  constexpr double product = kProductCost / (kAmxPanel * kAmxPanel * kAmxPixels), sum = 1.0;
+  constexpr double sum = 1.0;
+  const double product = costs.product / (kAmxPanel * kAmxPanel * kAmxPixels);
   const double pixels = static_cast<double>(s.pixels());
   double best_cost = std::numeric_limits<double>::infinity();
   for (int64_t parts = 1; parts <= threads; ++parts) {
@@ -96,7 +101,7 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
     const double ci = static_cast<double>(ceil_div(left, left_blocks) * kAmxPanel);
     const double co = static_cast<double>(ceil_div(right, right_blocks) * kAmxPanel);
     const double cost =
-        pixels / parts * (ci * co * taps * product + (lists * ci + co) * kTransformCost) +
+        pixels / parts * (ci * co * taps * product + (lists * ci + co) * costs.transform) +
         taps * ci * co * sum * (parts > 1 ? 2 : 1);
     if (cost < best_cost) {
       best_cost = cost;
@@ -112,7 +117,7 @@ Plan make_plan(const ConvShape& s, int64_t threads) {
   const int64_t smaller =
       std::min(ceil_div(left, plan.left_blocks), ceil_div(right, plan.right_blocks));
   const int64_t panels = taps == 1 ? smaller : 1 + lists;
-  const int64_t length = std::clamp(bytes / (2 * kAmxParts * kAmxPanel * panels), fewest, most);
+  const int64_t length = std::clamp(bytes / (2 * parts_of_number * kAmxPanel * panels), fewest, most);
   const int64_t row = round_up(s.ow * plan.images, kAmxPixels);
   plan.group_cuts = plan.groups;
   plan.row_cuts = plan.column_cuts = 1;
@@ -171,11 +176,12 @@ AmxGradientLayout layout_of(const ConvShape& s, const AmxGradientBlock& b) {
 
 }  // namespace
 
-bool amx_gradient_fits(const ConvShape& s) {
+bool amx_gradient_fits(const ConvShape& s, DType dtype) {
   // Fewer channels leave most of a tile empty.
   constexpr int64_t fewest_channels = 12;
   const bool dilated = s.dilation[0] != 1 || s.dilation[1] != 1;
-  return kernels().amx_gradient != nullptr && s.groups == 1 && !dilated && s.pixels() > 0 &&
+  return kernels().amx_gradient[static_cast<int>(dtype)] != nullptr &&
+         s.groups == 1 && !dilated && s.pixels() > 0 &&
          s.ci >= fewest_channels && s.co >= fewest_channels;
 }
 
@@ -184,16 +190,18 @@ bool amx_gradient_pays(const ConvShape& s) {
   // with few pixels it is the rows' ends and the weights themselves that take the time.
   constexpr int64_t fewest_products = 128 * 128, fewest_pixels = 256;
   if (s.pixels() < fewest_pixels) return false;
-  return !winograd_gradient_fits(s) || s.ci * s.co >= fewest_products * lists_of(s, best_images(s));
+  return !winograd_gradient_fits(s) || s.ci * s.co >= fewest_products * lists_of(s, best_images(s, costs_of(kAmxParts)));
 }
 
-bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape,
+bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape, DType dtype,
                       const WinogradKernelGradient& out) {
   const KernelTable& table = kernels();
   ConvShape s = shape;
   flatten(args.conv, s);
   set_sizes(args.conv, s);
-  const Plan plan = make_plan(s, torch::stable::get_num_threads());
+  const int parts = amx_parts(dtype == DType::bfloat16);
+  const auto kernel = table.amx_gradient[static_cast<int>(dtype)];
+  const Plan plan = make_plan(s, parts, torch::stable::get_num_threads());
   const int64_t left_panels = ceil_div(s.ci, kAmxPanel), right_panels = ceil_div(s.co, kAmxPanel);
   const int64_t most_left = ceil_div(left_panels, plan.left_blocks);
   const int64_t most_right = ceil_div(right_panels, plan.right_blocks);
@@ -203,8 +211,8 @@ bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape,
     most.window = std::max(most.window, l.window);
     most.gradient = std::max(most.gradient, l.gradient);
   }
-  const int64_t left_floats = most_left * kAmxParts * kAmxPanel * most.window / 2;
-  const int64_t right_floats = most_right * kAmxParts * kAmxPanel * most.gradient / 2;
+  const int64_t left_floats = most_left * parts * kAmxPanel * most.window / 2;
+  const int64_t right_floats = most_right * parts * kAmxPanel * most.gradient / 2;
   const int64_t offset_floats = 2 * std::max(most.window, most.gradient);
   const int64_t blocks = plan.left_blocks * plan.right_blocks;
   const int64_t sum_floats = most_left * most_right * s.kh * s.kw * kAmxSumFloats;
@@ -239,7 +247,7 @@ bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape,
         set_channels(block, b);
         float* to = whole ? memory.floats() + left_floats + right_floats + offset_floats
                           : block_sums(block) + part * sum_floats;
-        if (!table.amx_gradient(args, b, layout_of(s, b), scratch, to, chunk != first,
+        if (!kernel(args, b, layout_of(s, b), scratch, to, chunk != first,
                                 whole ? &out : nullptr)) {
           finite = false;
         }

@@ -1,9 +1,10 @@
 // The interface between amx_gradient.cpp and amx_gradient_kernel.inl: a convolution's weight
-// gradient in float32 by AMX's products of bfloat16 tiles.
+// gradient in float32 by AMX's products of bfloat16 tiles, of float32 or bfloat16 images.
 //
 // A float is the sum of three bfloat16 numbers, high + middle + low. Of the nine products of two
 // floats' parts the six largest are added up, in float32: what is left out is below their rounding.
-// Tiles are of 16 input by 16 output channels, and a product adds up 32 pixels.
+// Numbers of bfloat16 images have one part. Tiles are of 16 input by 16 output channels, and a
+// product adds up 32 pixels.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +19,10 @@ namespace fastres::cpu {
 inline constexpr int64_t kAmxPanel = 32, kAmxPixels = 32;
 
 struct AmxGradientArgs {
-  ConvArgs conv;  // its float32 input, prologue, padding, strides and sizes
+  ConvArgs conv;  // its input, prologue, padding, strides and sizes
   // Dense (n, oh, ow, co): the gradient is dz, or with z dz + constant + slope * (z - mean).
-  const float* dz;
-  const float* z;
+  const void* dz;
+  const void* z;
   const float* mean;
   const float* constant;
   const float* slope;

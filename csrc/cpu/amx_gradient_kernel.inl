@@ -66,11 +66,90 @@ FASTRES_INLINE void amx_transpose(const float* const* rows, int64_t c, Floats* o
   out[3] = bit_cast<Floats>(_mm512_maskz_unpackhi_pd(0xff, c2, d));
 }
 
-// The input's parts by channels.
+// Two rows of 16 numbers as pairs, the first row's in the lower halves; zeros for no row.
+FASTRES_INLINE __m512i amx_pairs_of(const bfloat16* first, const bfloat16* second,
+                                    __mmask16 channels) {
+  const __m256i a = first == nullptr ? _mm256_setzero_si256()
+                                     : _mm256_maskz_loadu_epi16(channels, first);
+  const __m256i b = second == nullptr ? _mm256_setzero_si256()
+                                      : _mm256_maskz_loadu_epi16(channels, second);
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+// Two vectors rounded to bfloat16 as pairs, the first's in the lower halves.
+FASTRES_INLINE __m512i amx_rounded_pairs(Floats first, Floats second) {
+  alignas(64) bfloat16 a[kFloatLanes], b[kFloatLanes];
+  store(a, first);
+  store(b, second);
+  return amx_pairs_of(a, b, 0xffff);
+}
+
+// The input by channels, where it is bfloat16.
 template <bool kPrologue>
 void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const AmxGradientLayout& l,
-                       const int64_t* offsets, uint16_t* left) {
-  const float* input = static_cast<const float*>(conv.input);
+                       const int64_t* offsets, const bfloat16* input, uint16_t* left) {
+  const int64_t panel = kAmxPanel * l.window;
+  const int64_t lists = l.phases * l.variants;
+  int64_t row = 0, phase = 0, variant = 0, column = 0;
+  for (int64_t p = 0; p < l.window; p += kAmxPixels) {
+    const int64_t pixel =
+        ((variant * l.phases + phase) * b.groups * l.rows + row) * l.variant_row + column;
+    column += kAmxPixels;
+    if (column == l.variant_row) column = 0, ++variant;
+    if (variant == l.variants) variant = 0, ++phase;
+    if (phase == l.phases) phase = 0, ++row;
+    const int64_t ahead = min(p + (l.variant_row > kAmxPixels ? kAmxPixels : lists * kAmxPixels),
+                              l.window - kAmxPixels);
+    for (int64_t c = b.ci0; c < b.ci1; c += kFloatLanes) {
+      const int64_t count = min<int64_t>(kFloatLanes, b.ci1 - c);
+      const __mmask16 channels = static_cast<__mmask16>((1u << count) - 1);
+      alignas(64) float pairs[kAmxPixels / 2][kFloatLanes];
+      const float* rows[kAmxPixels];
+      for (int i = 0; i < kAmxPixels; i += 2) {
+        const bfloat16* at[2];
+        for (int j = 0; j < 2; ++j) {
+          const int64_t offset = offsets[p + i + j];
+          at[j] = offset < 0 ? nullptr : input + offset + c;
+          _mm_prefetch(input + max<int64_t>(offsets[ahead + i + j], 0) + c, _MM_HINT_T0);
+        }
+        __m512i pair;
+        if constexpr (kPrologue) {
+          const Floats mean = load(conv.in_mean + c), scale = load(conv.in_scale + c);
+          const Floats bias = load(conv.in_bias + c);
+          const auto value = [&](const bfloat16* from) FASTRES_LAMBDA_INLINE {
+            if (from == nullptr) return Floats{};
+            const __m256i bits = _mm256_maskz_loadu_epi16(channels, from);
+            const Floats x =
+                bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+            return relu((x - mean) * scale + bias);
+          };
+          pair = amx_rounded_pairs(value(at[0]), value(at[1]));
+        } else {
+          pair = amx_pairs_of(at[0], at[1], channels);
+        }
+        _mm512_store_si512(pairs[i / 2], pair);
+        rows[i] = pairs[i / 2];
+      }
+      const int64_t k = c - b.ci0;
+      uint16_t* out =
+          left + k / kAmxPanel * panel + pixel * kAmxPanel + k % kAmxPanel * kAmxPixels;
+      for (int q = 0; q < kFloatLanes; q += 4) {
+        Floats channel[4];
+        amx_transpose(rows, q, channel);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i, out += kAmxPixels) {
+          _mm512_store_si512(out, bit_cast<__m512i>(channel[i]));
+        }
+      }
+    }
+  }
+}
+
+// The input's parts by channels, where it is float32.
+template <bool kPrologue>
+void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const AmxGradientLayout& l,
+                       const int64_t* offsets, const float* input, uint16_t* left) {
   constexpr int64_t part = kAmxPanel * kAmxPixels;
   const int64_t panel = kAmxParts * kAmxPanel * l.window;
   const int64_t lists = l.phases * l.variants;
@@ -136,12 +215,22 @@ void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const Am
   }
 }
 
+FASTRES_INLINE Floats amx_load(const float* p, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+FASTRES_INLINE Floats amx_load(const bfloat16* p, __mmask16 mask) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
+  return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 // The output gradient's parts by pairs of pixels.
-template <bool kStats>
+template <typename T, bool kStats>
 void amx_gradient_right(const AmxGradientArgs& args, const AmxGradientBlock& b,
                         const AmxGradientLayout& l, const int64_t* offsets, uint16_t* right) {
   constexpr int64_t part = 2 * kAmxPanel;
-  constexpr int64_t pair = kAmxParts * part;
+  constexpr int64_t pair = kAmxPartsOf<T> * part;
+  const T* const dz = static_cast<const T*>(args.dz);
+  const T* const all_z = static_cast<const T*>(args.z);
   const int64_t panel = l.gradient / 2 * pair;
   for (int64_t p = 0; p < l.gradient; p += 2) {
     const int64_t first = offsets[p], second = offsets[p + 1];
@@ -150,24 +239,31 @@ void amx_gradient_right(const AmxGradientArgs& args, const AmxGradientBlock& b,
     const int64_t next[2] = {max<int64_t>(offsets[ahead], 0), max<int64_t>(offsets[ahead + 1], 0)};
     for (int64_t c = b.co0; c < b.co1; c += kFloatLanes) {
       for (int64_t n : next) {
-        _mm_prefetch(args.dz + n + c, _MM_HINT_T0);
-        if (kStats) _mm_prefetch(args.z + n + c, _MM_HINT_T0);
+        _mm_prefetch(dz + n + c, _MM_HINT_T0);
+        if (kStats) _mm_prefetch(all_z + n + c, _MM_HINT_T0);
       }
       const int64_t left = min<int64_t>(kFloatLanes, b.co1 - c);
       const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
       const auto value = [&](int64_t offset) FASTRES_LAMBDA_INLINE {
         if (offset < 0) return Floats{};
-        Floats x = _mm512_maskz_loadu_ps(mask, args.dz + offset + c);
+        Floats x = amx_load(dz + offset + c, mask);
         if (kStats) {
-          const Floats z = _mm512_maskz_loadu_ps(mask, args.z + offset + c);
+          const Floats z = amx_load(all_z + offset + c, mask);
           x += load(args.constant + c) + load(args.slope + c) * (z - load(args.mean + c));
           x = _mm512_maskz_mov_ps(mask, x);
         }
         return x;
       };
       const int64_t k = c - b.co0;
-      amx_split_pairs<true>(to + k / kAmxPanel * panel + k % kAmxPanel * 2, part, value(first),
-                            value(second));
+      uint16_t* const place = to + k / kAmxPanel * panel + k % kAmxPanel * 2;
+      if constexpr (kAmxPartsOf<T> > 1) {
+        amx_split_pairs<true>(place, part, value(first), value(second));
+      } else if constexpr (kStats) {
+        _mm512_store_si512(place, amx_rounded_pairs(value(first), value(second)));
+      } else {
+        _mm512_store_si512(place, amx_pairs_of(first < 0 ? nullptr : dz + first + c,
+                                               second < 0 ? nullptr : dz + second + c, mask));
+      }
     }
   }
 }
@@ -179,12 +275,12 @@ struct AmxRuns {
 };
 
 // The sums [I][O] of I tiles of input channels and O tiles of output channels.
-template <int I, int O>
+template <int kParts, int I, int O>
 void amx_gradient_products(const uint16_t* left, const uint16_t* right, const AmxRuns& runs,
                            float* tiles) {
   constexpr int64_t left_part = kAmxPanel * kAmxPixels, left_bytes = 2 * kAmxPixels;
-  constexpr int64_t right_part = 2 * kAmxPanel, right_bytes = 2 * kAmxParts * right_part;
-  constexpr int64_t step_numbers = kAmxParts * left_part;
+  constexpr int64_t right_part = 2 * kAmxPanel, right_bytes = 2 * kParts * right_part;
+  constexpr int64_t step_numbers = kParts * left_part;
   _tile_zero(0);
   if (O == 2) _tile_zero(1);
   if (I == 2) _tile_zero(2);
@@ -208,19 +304,25 @@ void amx_gradient_products(const uint16_t* left, const uint16_t* right, const Am
           if (I == 2) _tile_dpbf16ps(2, 5, 6);
           if (I == 2 && O == 2) _tile_dpbf16ps(3, 5, 7);
         };
-        load_left(2);
-        load_right(0);
-        multiply();
-        load_left(1);
-        multiply();
-        load_right(1);
-        multiply();
-        load_left(0);
-        multiply();
-        load_right(2);
-        multiply();
-        load_right(0);
-        multiply();
+        if constexpr (kParts == 1) {
+          load_left(0);
+          load_right(0);
+          multiply();
+        } else {
+          load_left(2);
+          load_right(0);
+          multiply();
+          load_left(1);
+          multiply();
+          load_right(1);
+          multiply();
+          load_left(0);
+          multiply();
+          load_right(2);
+          multiply();
+          load_right(0);
+          multiply();
+        }
         a += step_numbers;
         b += step_numbers;
       }
@@ -287,28 +389,31 @@ inline bool amx_write(const ConvArgs& c, const float* sums, int64_t ci0, int64_t
   return _mm512_cmp_ps_mask(bad, bad, _CMP_UNORD_Q) == 0;
 }
 
-inline bool amx_gradient(const AmxGradientArgs& args, const AmxGradientBlock& b,
-                         const AmxGradientLayout& l, const AmxGradientScratch& scratch, float* sums,
-                         bool add, const WinogradKernelGradient* out) {
+template <typename T>
+bool amx_gradient(const AmxGradientArgs& args, const AmxGradientBlock& b,
+                  const AmxGradientLayout& l, const AmxGradientScratch& scratch, float* sums,
+                  bool add, const WinogradKernelGradient* out) {
+  constexpr int kParts = kAmxPartsOf<T>;
   const ConvArgs& c = args.conv;
   amx_input_offsets(c, b, l, scratch.offsets);
+  const T* input = static_cast<const T*>(c.input);
   if (c.in_mean != nullptr) {
-    amx_gradient_left<true>(c, b, l, scratch.offsets, scratch.left);
+    amx_gradient_left<true>(c, b, l, scratch.offsets, input, scratch.left);
   } else {
-    amx_gradient_left<false>(c, b, l, scratch.offsets, scratch.left);
+    amx_gradient_left<false>(c, b, l, scratch.offsets, input, scratch.left);
   }
   amx_gradient_offsets(c, b, l, scratch.offsets);
   if (args.z != nullptr) {
-    amx_gradient_right<true>(args, b, l, scratch.offsets, scratch.right);
+    amx_gradient_right<T, true>(args, b, l, scratch.offsets, scratch.right);
   } else {
-    amx_gradient_right<false>(args, b, l, scratch.offsets, scratch.right);
+    amx_gradient_right<T, false>(args, b, l, scratch.offsets, scratch.right);
   }
 
   const AmxConfig config;
   _tile_loadconfig(&config);
   const int64_t left_panels = amx_ceil_div(b.ci1 - b.ci0, kAmxPanel);
   const int64_t right_panels = amx_ceil_div(b.co1 - b.co0, kAmxPanel);
-  constexpr int64_t numbers = kAmxParts * kAmxPanel;  // of a panel's pixel
+  constexpr int64_t numbers = kParts * kAmxPanel;  // of a panel's pixel
   const bool left_outside = left_panels >= right_panels || l.phases * l.variants > 1;
   const int64_t taps = c.kh * c.kw;
   bool finite = true;
@@ -319,8 +424,10 @@ inline bool amx_gradient(const AmxGradientArgs& args, const AmxGradientBlock& b,
     const bool two_left = b.ci1 - b.ci0 - i * kAmxPanel > 16;
     const bool two_right = b.co1 - b.co0 - o * kAmxPanel > 16;
     const AmxProductsFn products =
-        two_left ? (two_right ? amx_gradient_products<2, 2> : amx_gradient_products<2, 1>)
-                 : (two_right ? amx_gradient_products<1, 2> : amx_gradient_products<1, 1>);
+        two_left
+            ? (two_right ? amx_gradient_products<kParts, 2, 2> : amx_gradient_products<kParts, 2, 1>)
+            : (two_right ? amx_gradient_products<kParts, 1, 2>
+                         : amx_gradient_products<kParts, 1, 1>);
     float* pair = sums + (out != nullptr ? 0 : i * right_panels + o) * taps * kAmxSumFloats;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / c.kw, kw = tap % c.kw;

@@ -125,7 +125,7 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
     return {Algorithm::aten, "too few pixels to pack the weights for"};
   }
   if (dtype == DType::bfloat16 && has_matrix_unit() && amx_pays(s)) {
-    return {Algorithm::amx, "the matrix unit takes such numbers as they are"};
+    return {Algorithm::amx, kTakenAsTheyAre};
   }
   if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
   if (form) return {*form, "the weights are packed for it"};

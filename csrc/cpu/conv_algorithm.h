@@ -39,6 +39,9 @@ std::optional<Algorithm> algorithm_from_environment();
 // Whether this processor has instructions for the dtype that torch uses and ours do not.
 bool torch_is_faster(DType dtype);
 
+// Why the matrix unit computes a convolution of bfloat16.
+inline constexpr const char* kTakenAsTheyAre = "the matrix unit takes such numbers as they are";
+
 // What reading a packed weight costs, in multiply-adds, when it comes from memory, as in a model
 // that has more weights than the caches hold.
 double cold_read_cost();

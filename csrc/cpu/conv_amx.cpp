@@ -207,7 +207,7 @@ bool amx_input_gradient_pays(const ConvShape& s) {
 
 std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                                                           const ConvWeight& weight,
-                                                          const ConvShape& s) {
+                                                          const ConvShape& s, DType dtype) {
   std::vector<double> total(kConvSums * ceil_div(s.ci, kConvPanel) * kConvPanel);
   const AmxConvArgs whole = args;
   for (int64_t a = 0; a < s.stride[0]; ++a) {
@@ -228,16 +228,17 @@ std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                         .padding = {h.padding, w.padding},
                         .dilation = {1, 1},
                         .groups = 1};
-      const Scratch packed = scratch_floats(amx_packed_floats(t, DType::float32));
+      const Scratch packed = scratch_floats(amx_packed_floats(t, dtype));
       pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride),
-                  kernels().amx_pack[static_cast<int>(DType::float32)], packed.floats());
-      const int64_t first = a * whole.output_stride_h + b * whole.output_stride_w;
+                  kernels().amx_pack[static_cast<int>(dtype)], packed.floats());
+      const int64_t first = (a * whole.output_stride_h + b * whole.output_stride_w) *
+                            (dtype == DType::float32 ? 4 : 2);  // bytes
       args.conv.weight = packed.floats();
-      args.conv.output = static_cast<float*>(whole.conv.output) + first;
-      args.x = whole.x == nullptr ? nullptr : whole.x + first;
+      args.conv.output = static_cast<char*>(whole.conv.output) + first;
+      args.x = whole.x == nullptr ? nullptr : static_cast<const char*>(whole.x) + first;
       args.output_stride_h = s.stride[0] * whole.output_stride_h;
       args.output_stride_w = s.stride[1] * whole.output_stride_w;
-      const auto sums = run_amx(args, t, DType::float32, args.x != nullptr);
+      const auto sums = run_amx(args, t, dtype, args.x != nullptr);
       if (!sums.has_value()) return std::nullopt;
       for (size_t i = 0; i < sums->size(); ++i) total[i] += (*sums)[i];
     }

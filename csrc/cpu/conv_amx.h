@@ -32,6 +32,6 @@ bool amx_input_gradient_pays(const ConvShape& s);
 // value where a result is not finite.
 std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
                                                           const ConvWeight& weight,
-                                                          const ConvShape& s);
+                                                          const ConvShape& s, DType dtype);
 
 }  // namespace fastres::cpu

@@ -16,14 +16,15 @@ inline constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxParts = 3;
 struct AmxConvArgs {
   ConvArgs conv;
   // With z, laid out as the input, conv's input becomes that of z by a BatchNorm's statistics:
-  // input + in_bias + in_scale * (z - in_mean). Float32 only.
-  const float* z;
+  // input + in_bias + in_scale * (z - in_mean).
+  const void* z;
   // Of the output, in elements.
   int64_t output_stride_n, output_stride_h, output_stride_w;
   // With x, laid out as the output, the epilogue is the backward of relu((x - x_mean) * x_scale +
   // x_bias): what is written is the gradient of x, and the sums are, of the gradient g of what the
-  // ReLU takes, g and g * (x - x_mean). Vectors are padded to whole panels. Float32 only.
-  const float *x, *x_mean, *x_scale, *x_bias;
+  // ReLU takes, g and g * (x - x_mean). Vectors are padded to whole panels.
+  const void* x;
+  const float *x_mean, *x_scale, *x_bias;
 };
 
 // Parts of the numbers that are multiplied, where images are of bfloat16 or not.

@@ -91,7 +91,7 @@ enum class AmxLoad { plain, prologue, gradient };
 
 // A pixel's channels into its line of every step and part.
 template <typename T, AmxLoad kLoad>
-FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const float* z, float* to,
+FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const T* z, float* to,
                                    int64_t plane) {
   const auto loaded = [&](int64_t c, auto load_at) FASTRES_LAMBDA_INLINE {
     const Floats x = load_at(in + c);
@@ -148,8 +148,8 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
           } else {
             const int64_t at = row + w * args.input_stride_w;
             amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at,
-                                     kLoad == AmxLoad::gradient ? all.z + at : nullptr, pixel,
-                                     plane);
+                                     static_cast<const T*>(all.z) + (all.z == nullptr ? 0 : at),
+                                     pixel, plane);
           }
         }
       }
@@ -435,13 +435,14 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
 }
 
 // The backward of x's BatchNorm and ReLU, for `rows` pixels of `count` channels.
+template <typename T>
 FASTRES_INLINE void amx_write_backward(const AmxConvArgs& args, const float* tile, int rows,
                                        const int64_t* offsets, int64_t channel, int count,
                                        double* sums, int64_t plane) {
   const Floats mean = load(args.x_mean + channel), scale = load(args.x_scale + channel);
   const Floats bias = load(args.x_bias + channel);
-  float* output = static_cast<float*>(args.conv.output) + channel;
-  const float* x = args.x + channel;
+  T* output = static_cast<T*>(args.conv.output) + channel;
+  const T* x = static_cast<const T*>(args.x) + channel;
   Floats sum = {}, products = {};
   for (int m = 0; m < rows; ++m) {
     const bool whole = count == kFloatLanes;
@@ -485,7 +486,7 @@ FASTRES_INLINE Floats amx_write(const AmxConvArgs& all, const float* tile, int r
   }
   if (all.x != nullptr) {
     for (int v = 0; v < vecs; ++v) {
-      amx_write_backward(all, tile + v * kFloatLanes, rows, offsets, channel + v * kFloatLanes,
+      amx_write_backward<T>(all, tile + v * kFloatLanes, rows, offsets, channel + v * kFloatLanes,
                          v < whole ? kFloatLanes : rest, sums, plane);
     }
     return bad;

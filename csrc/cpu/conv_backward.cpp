@@ -334,15 +334,26 @@ const char* why_winograd() {
   return algorithm_from_environment() ? "FASTRES_CPU_ALGORITHM is set" : "the least estimated cost";
 }
 
+// Whether the matrix unit's gradients are written for this dtype.
+bool amx_multiplies(DType dtype) { return dtype == DType::float32 || dtype == DType::bfloat16; }
+
+const char* why_amx(DType dtype) {
+  return dtype == DType::bfloat16 && !algorithm_from_environment() ? kTakenAsTheyAre
+                                                                   : why_winograd();
+}
+
+Tensor as_floats(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Float ? weight
+                                                   : torch::stable::to(weight, ScalarType::Float);
+}
+
 // The input's gradient, or none where a result is not finite and may be wrong.
 OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, const ConvShape& s,
                                        DType dtype, Algorithm form) {
   log_convolution(kInputGradient, s, dtype, algorithm_name(form), why_winograd());
   const ConvShape t = transposed(s);
   const int tile = winograd_tile(form);
-  const Tensor kernels = weight.scalar_type() == ScalarType::Float
-                             ? weight
-                             : torch::stable::to(weight, ScalarType::Float);
+  const Tensor kernels = as_floats(weight);
   const Scratch packed = scratch_floats(winograd_packed_floats(t, tile));
   winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), 1, tile, packed.floats());
   const Tensor dinput =
@@ -364,6 +375,12 @@ Tensor empty_in_format_of(const Tensor& weight) {
   const bool channels_last = !weight.is_contiguous() && is_channels_last(weight);
   return channels_last ? empty_channels_last(weight.sizes(), ScalarType::Float)
                        : torch::stable::empty(weight.sizes(), ScalarType::Float);
+}
+
+Tensor in_dtype_of(const Tensor& weight, const Tensor& dweight) {
+  return weight.scalar_type() == ScalarType::Float
+             ? dweight
+             : torch::stable::to(dweight, weight.scalar_type());
 }
 
 WinogradKernelGradient kernel_gradient(const Tensor& dweight) {
@@ -397,31 +414,29 @@ OptionalTensor winograd_weight_gradient(const Tensor& dzt, const Tensor& input,
   const ConvArgs args = input_args(input, prologue, s);
   const WinogradKernelGradient out = kernel_gradient(dweight);
   if (!run_winograd_gradient(args, dzt.const_data_ptr(), s, dtype, out)) return std::nullopt;
-  return weight.scalar_type() == ScalarType::Float
-             ? dweight
-             : torch::stable::to(dweight, weight.scalar_type());
+  return in_dtype_of(weight, dweight);
 }
 
 // The weight's gradient by AMX in the weight's format, or none where a result is not finite.
 OptionalTensor amx_weight_gradient(const OutputGradient& output, const Tensor& input,
                                    const Tensor& weight, const std::optional<Prologue>& prologue,
-                                   const ConvShape& s) {
-  log_convolution(kWeightGradient, s, DType::float32, "amx", why_winograd());
+                                   const ConvShape& s, DType dtype) {
+  log_convolution(kWeightGradient, s, dtype, "amx", why_amx(dtype));
   const Tensor dweight = empty_in_format_of(weight);
   const BnStatsBackwardArgs stats = output.args();
   AmxGradientArgs args{};
   args.conv = input_args(input, prologue, s);
   if (output.is_computed()) {
-    args.dz = static_cast<const float*>(output.compute().const_data_ptr());
+    args.dz = output.compute().const_data_ptr();
   } else {
-    args.dz = static_cast<const float*>(stats.dz);
-    args.z = static_cast<const float*>(stats.z);
+    args.dz = stats.dz;
+    args.z = stats.z;
   }
   args.mean = static_cast<const float*>(stats.mean);
   args.constant = static_cast<const float*>(stats.constant);
   args.slope = static_cast<const float*>(stats.slope);
-  if (!run_amx_gradient(args, s, kernel_gradient(dweight))) return std::nullopt;
-  return dweight;
+  if (!run_amx_gradient(args, s, dtype, kernel_gradient(dweight))) return std::nullopt;
+  return in_dtype_of(weight, dweight);
 }
 
 // Whether FASTRES_CPU_ALGORITHM names amx; nothing where it names what this shape can't have.
@@ -434,8 +449,9 @@ std::optional<bool> amx_is_named(const ConvShape& s) {
 // `shared` where backward_gemm reads the same for the input's gradient: with few channels that is
 // faster than to read it twice.
 bool weight_by_amx(const ConvShape& s, DType dtype, bool shared) {
-  if (dtype != DType::float32 || !amx_gradient_fits(s)) return false;
+  if (!amx_gradient_fits(s, dtype)) return false;
   if (const auto named = amx_is_named(s)) return *named;
+  if (dtype == DType::bfloat16) return true;
   constexpr int64_t few_channels = 256;
   const bool small = s.kh * s.kw == 1 && std::min(s.ci, s.co) < few_channels;
   return amx_gradient_pays(s) && !(shared && small);
@@ -454,10 +470,10 @@ Scratch padded(const void* values, int64_t channels) {
 std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const Tensor& input,
                                             const Tensor& weight,
                                             const std::optional<Prologue>& prologue,
-                                            const ConvShape& s) {
-  log_convolution(kInputGradient, s, DType::float32, "amx", why_winograd());
+                                            const ConvShape& s, DType dtype) {
+  log_convolution(kInputGradient, s, dtype, "amx", why_amx(dtype));
   Gradients gradients;
-  gradients.input = empty_channels_last(input.sizes(), ScalarType::Float);
+  gradients.input = empty_channels_last(input.sizes(), input.scalar_type());
   Tensor dinput = *gradients.input;
   if (s.kh < s.stride[0] || s.kw < s.stride[1]) torch::stable::zero_(dinput);
   const BnStatsBackwardArgs stats = output.args();
@@ -471,7 +487,7 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
   args.conv.in_mean = mean.floats();
   args.conv.in_scale = slope.floats();
   args.conv.in_bias = constant.floats();
-  args.z = static_cast<const float*>(stats.z);
+  args.z = stats.z;
   args.conv.output = dinput.mutable_data_ptr();
   args.conv.stream = streams(dinput);
   args.output_stride_w = s.ci;
@@ -482,12 +498,13 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
     x_mean = padded(prologue->mean.data(), s.ci);
     x_scale = padded(prologue->scale.data(), s.ci);
     x_bias = padded(prologue->bias.data(), s.ci);
-    args.x = static_cast<const float*>(input.const_data_ptr());
+    args.x = input.const_data_ptr();
     args.x_mean = x_mean.floats();
     args.x_scale = x_scale.floats();
     args.x_bias = x_bias.floats();
   }
-  const auto sums = run_amx_input_gradient(args, conv_weight_of(weight), s);
+  const Tensor kernels = as_floats(weight);
+  const auto sums = run_amx_input_gradient(args, conv_weight_of(kernels), s, dtype);
   if (!sums.has_value()) return std::nullopt;
   if (prologue) {
     const auto plane = sums->begin() + static_cast<int64_t>(sums->size()) / kConvSums;
@@ -498,8 +515,9 @@ std::optional<Gradients> amx_input_gradient(const OutputGradient& output, const 
 }
 
 bool input_by_amx(const ConvShape& s, DType dtype) {
-  if (dtype != DType::float32 || !amx_input_gradient_pays(s)) return false;
+  if (!amx_multiplies(dtype) || !amx_input_gradient_pays(s)) return false;
   if (const auto named = amx_is_named(s)) return *named;
+  if (dtype == DType::bfloat16) return true;
   const bool winograd = winograd_gradient_fits(s) && s.padding[0] <= 2 && s.padding[1] <= 2;
   return !winograd || cheapest_algorithm(transposed(s), true) == Algorithm::amx;
 }
@@ -584,7 +602,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
     Gradients gradients;
     bool input_left = needs_input;
     if (needs_input && input_by_amx(conv, dtype)) {
-      if (auto found = amx_input_gradient(output, input_rows, weight, prologue, conv)) {
+      if (auto found = amx_input_gradient(output, input_rows, weight, prologue, conv, dtype)) {
         gradients = std::move(*found);
         input_left = false;
       }
@@ -609,7 +627,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_stats_backward(
       else
         gradients.weight = others.weight;
     }
-    if (by_amx) gradients.weight = amx_weight_gradient(output, input_rows, weight, prologue, conv);
+    if (by_amx) {
+      gradients.weight = amx_weight_gradient(output, input_rows, weight, prologue, conv, dtype);
+    }
     if (needs_weight && !gradients.weight) {
       gradients.weight =
           backward_aten(output, input_rows, weight, prologue, conv, false, true).weight;

@@ -138,7 +138,8 @@ struct KernelTable {
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
   ConvPackFn amx_pack[kDTypes];   // into panels of amx_packed_panel_floats()
-  AmxGradientFn amx_gradient;     // none without a matrix unit
+  // None for float16 and float64, or without a matrix unit.
+  AmxGradientFn amx_gradient[kDTypes];
   AmxGradientEndFn amx_gradient_end;
   WinogradBlockFn winograd_amx_block[2][kDTypes];  // without a stride; none without a matrix unit
   WinogradSplitFn winograd_amx_split[2];

@@ -92,7 +92,8 @@ constexpr KernelTable make_table() {
   t.amx_pack[static_cast<int>(DType::float32)] = amx_pack<kAmxPartsOf<float>>;
   t.amx_pack[static_cast<int>(DType::bfloat16)] = amx_pack<kAmxPartsOf<bfloat16>>;
   t.amx_pack[static_cast<int>(DType::float16)] = amx_pack<kAmxPartsOf<float16>>;
-  t.amx_gradient = amx_gradient;
+  t.amx_gradient[static_cast<int>(DType::float32)] = amx_gradient<float>;
+  t.amx_gradient[static_cast<int>(DType::bfloat16)] = amx_gradient<bfloat16>;
   t.amx_gradient_end = amx_gradient_end;
 #endif
   set_winograd.template operator()<4>(0);
