@@ -35,9 +35,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_capabilities", &fastres::cpu::available_isas,
         "The instruction sets that this machine can use, slowest first.");
   m.def("packed_conv_weight_numel", &fastres::cpu::packed_conv_weight_numel,
-        "Length of fastres::pack_conv_weight's result for a float32 weight of a shape.",
+        "Length of fastres::pack_conv_weight's result for a weight of a shape and a dtype.",
         pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("padding"),
-        pybind11::arg("dilation"), pybind11::arg("groups"), pybind11::arg("input_size"));
+        pybind11::arg("dilation"), pybind11::arg("groups"), pybind11::arg("input_size"),
+        pybind11::arg("dtype"));
   m.def("winograd_allowed", &fastres::cpu::winograd_allowed,
         "Whether Winograd's algorithm may compute a convolution.");
   m.def("set_winograd_allowed", &fastres::cpu::set_winograd_allowed, pybind11::arg("allowed"),

@@ -163,7 +163,11 @@ def check_training(problem: Problem, prologue: bool) -> None:
     # A mean near zero is a difference of large numbers: judge it beside the deviation.
     size = (exact[1].square() + exact[2]).sqrt().norm()
     ours_error, their_error = ((m[1].double() - exact[1]).norm() for m in (actual, theirs))
-    assert ours_error <= problem.factor * their_error + 2e-7 * size
+    # Torch's error of a single number may be next to none by chance, not so what it is expected to
+    # be when every product's factors are rounded.
+    pixels = problem.case.n * problem.case.out**2
+    chance = torch.finfo(problem.dtype).eps / 4 / pixels**0.5 if problem.case.c_out == 1 else 0.0
+    assert ours_error <= problem.factor * their_error + max(2e-7, chance) * size
 
 
 @on_every_algorithm(SMALL_RESNET_CONVS)

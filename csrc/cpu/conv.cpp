@@ -96,15 +96,20 @@ int64_t packed_floats(const ConvShape& s, Algorithm a, DType dtype) {
 // So few output pixels do not repay packing the weights for them.
 constexpr int64_t kPixelsWorthPacking = 65;
 // The form that `packed` is in, if it is in one.
-std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed) {
+std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed, DType dtype) {
   if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
   for (const Algorithm a :
        {Algorithm::packed, Algorithm::amx, Algorithm::winograd4, Algorithm::winograd2}) {
     if (is_winograd(a) && !winograd_takes(s, a)) continue;
     if (a == Algorithm::amx && !has_matrix_unit()) continue;
-    if (packed->numel() == packed_floats(s, a, DType::float32)) return a;
+    if (packed->numel() == packed_floats(s, a, dtype)) return a;
   }
   return std::nullopt;
+}
+
+// Whether images of bfloat16 go to the matrix unit, as they are.
+bool amx_takes_bfloat16(const ConvShape& s, DType dtype) {
+  return dtype == DType::bfloat16 && has_matrix_unit() && amx_pays(s);
 }
 
 struct Choice {
@@ -124,9 +129,7 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
   if (!form && s.pixels() < kPixelsWorthPacking) {
     return {Algorithm::aten, "too few pixels to pack the weights for"};
   }
-  if (dtype == DType::bfloat16 && has_matrix_unit() && amx_pays(s)) {
-    return {Algorithm::amx, kTakenAsTheyAre};
-  }
+  if (amx_takes_bfloat16(s, dtype)) return {Algorithm::amx, kTakenAsTheyAre};
   if (torch_is_faster(dtype)) return {Algorithm::aten, "torch has the faster instructions"};
   if (form) return {*form, "the weights are packed for it"};
   return {cheapest_algorithm(s, true), "the least estimated cost"};
@@ -290,9 +293,7 @@ struct PackedConv {
   PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
              const ConvShape& s, DType dtype, Algorithm algorithm_)
       : input(with_dense_channels(input_)), weight(weight_), algorithm(algorithm_) {
-    // What is given is packed for float32: the matrix unit takes bfloat16 in another form.
-    const bool fits = algorithm != Algorithm::amx || dtype != DType::bfloat16;
-    if (fits && form_of(s, given) == algorithm) {
+    if (form_of(s, given, dtype) == algorithm) {
       args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
       pack_in(s, dtype, algorithm);
@@ -324,9 +325,7 @@ struct PackedConv {
  private:
   void pack_in(const ConvShape& s, DType dtype, Algorithm form) {
     packed = scratch_floats(packed_floats(s, form, dtype));
-    const bool is_float = weight.scalar_type() == ScalarType::Float;
-    pack(is_float ? weight : torch::stable::to(weight, ScalarType::Float), s, form, dtype,
-         packed.floats());
+    pack(as_floats(weight), s, form, dtype, packed.floats());
     args.weight = packed.floats();
   }
 };
@@ -425,7 +424,14 @@ DType dtype_of_name(const char* op, const std::string& name) {
   fail(op, "dtype must be float32, bfloat16, float16 or float64, got ", name);
 }
 
-bool packs(const ConvShape& s) { return s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1; }
+// The form in which inference keeps its weights, if it does.
+std::optional<Algorithm> form_to_keep(const ConvShape& s, DType dtype) {
+  if (s.groups != 1 || s.dilation[0] != 1 || s.dilation[1] != 1) return std::nullopt;
+  if (dtype == DType::float32) return cheapest_algorithm(s, false);
+  const bool amx = amx_takes_bfloat16(s, dtype) &&
+                   algorithm_from_environment().value_or(Algorithm::amx) == Algorithm::amx;
+  return amx ? std::optional(Algorithm::amx) : std::nullopt;
+}
 
 }  // namespace
 
@@ -433,9 +439,12 @@ int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
                                  const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding,
                                  const std::vector<int64_t>& dilation, int64_t groups,
-                                 const std::vector<int64_t>& input_size) {
+                                 const std::vector<int64_t>& input_size,
+                                 const std::string& dtype_name) {
+  const DType dtype = dtype_of_name("packed_conv_weight_numel", dtype_name);
   const ConvShape s = shape_to_pack(weight, stride, padding, dilation, groups, input_size);
-  return packs(s) ? packed_floats(s, cheapest_algorithm(s, false), DType::float32) : 0;
+  const auto form = form_to_keep(s, dtype);
+  return form ? packed_floats(s, *form, dtype) : 0;
 }
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
@@ -445,11 +454,10 @@ Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride
   const ConvShape s =
       shape_to_pack({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
                     padding, dilation, groups, input_size);
-  if (dtype != DType::float32 || !packs(s)) return empty_vector(0, ScalarType::Float);
-  const Algorithm form = cheapest_algorithm(s, false);
-  Tensor packed = empty_floats(packed_floats(s, form, dtype));
+  const auto form = form_to_keep(s, dtype);
+  Tensor packed = empty_floats(form ? packed_floats(s, *form, dtype) : 0);
   if (packed.numel() > 0) {
-    pack(weight, s, form, dtype, static_cast<float*>(packed.mutable_data_ptr()));
+    pack(as_floats(weight), s, *form, dtype, static_cast<float*>(packed.mutable_data_ptr()));
   }
   return packed;
 }
@@ -469,10 +477,9 @@ std::string conv_algorithm(const std::vector<int64_t>& input, const std::vector<
   const DType dtype = dtype_of_name(op, dtype_name);
   const ConvShape s =
       check_sizes(op, {input.data(), 4}, {weight.data(), 4}, stride, padding, dilation, groups);
-  // Inference in float32 keeps packed weights, as fastres.nn does.
-  const bool kept = !training && dtype == DType::float32 && packs(s);
+  // Inference keeps packed weights, as fastres.nn does.
   std::optional<Algorithm> form;
-  if (kept) form = cheapest_algorithm(s, false);
+  if (!training) form = form_to_keep(s, dtype);
   return algorithm_name(choose_algorithm(s, dtype, form).algorithm);
 }
 
@@ -510,7 +517,7 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
            dtype_string(packed->scalar_type()), " of shape ", shape_string(*packed));
     }
   }
-  const Choice choice = choose_algorithm(s, dtype_, form_of(s, packed));
+  const Choice choice = choose_algorithm(s, dtype_, form_of(s, packed, dtype_));
   algorithm_ = choice.algorithm;
   reason_ = choice.reason;
   for (int64_t c = 0; c < s.co; ++c) bn.mean[c] -= bias_values[c];

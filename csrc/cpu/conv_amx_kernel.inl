@@ -177,6 +177,13 @@ void amx_fill_rows(const ConvArgs& args, const ConvBlock& block, const AmxWindow
     }
     const T* in = static_cast<const T*>(args.input) + block.n0 * args.input_stride_n +
                   h * args.input_stride_h;
+    if constexpr (kAmxPartsOf<T> == 1) {
+      if (args.in_mean == nullptr && args.input_stride_w == args.ci) {
+        conv_zero(to, window.row / 2);
+        __builtin_memcpy(reinterpret_cast<T*>(to) + first, in, pixels * args.ci * sizeof(T));
+        continue;
+      }
+    }
     float* numbers = row + first;
     if (args.in_mean == nullptr && args.input_stride_w == args.ci) {
       int64_t i = 0;

@@ -342,10 +342,6 @@ const char* why_amx(DType dtype) {
                                                                    : why_winograd();
 }
 
-Tensor as_floats(const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Float ? weight
-                                                   : torch::stable::to(weight, ScalarType::Float);
-}
 
 // The input's gradient, or none where a result is not finite and may be wrong.
 OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, const ConvShape& s,

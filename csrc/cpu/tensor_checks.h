@@ -193,4 +193,9 @@ auto call_aten(const char* name, const char* overload, const Args&... args) {
   }
 }
 
+// `t` in float32: itself, or a copy.
+inline Tensor as_floats(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
 }  // namespace fastres::cpu

@@ -48,7 +48,7 @@ class Deferred:
             buffers["running_mean"],
             buffers["running_var"],
             *affine(bn),
-            packed_weights.get(conv, weight, self.size),
+            packed_weights.get(conv, weight, self.size, torch.float32),
         ):
             chain.add(tensor)
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation

@@ -218,24 +218,25 @@ def _conv_bn(
     packed_weights: PackedWeights,
 ) -> Tensor:
     """One pass with the running statistics: ``[relu](bn(conv(x)) [+ residual])``."""
-    weight = conv._parameters["weight"]
+    parameter = weight = conv._parameters["weight"]
+    keeps = type(parameter) is nn.Parameter and parameter.is_cpu
+    keeps = keeps and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        if keeps and not torch.is_grad_enabled():
+            weight = packed_weights.cast(conv, parameter, dtype)
+        else:
+            weight = weight.to(dtype)
     if residual is not None:
         residual = residual.to(x.dtype)
     packed = None
     if torch.jit.is_tracing():
         # In the graph, so that freezing folds it and a later change of the weight is still seen.
         packed = ops.pack_conv_weight(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
-    elif (
-        not torch.compiler.is_compiling()
-        and type(weight) is nn.Parameter
-        and weight.is_cpu
-        and weight.dtype == torch.float32
-    ):
+    elif keeps and weight.dtype in (torch.float32, torch.bfloat16):
         n, _, height, width = x.shape
-        packed = packed_weights.get(conv, weight, (n, height, width))
+        packed = packed_weights.get(conv, parameter, (n, height, width), weight.dtype)
     buffers = bn._buffers
     return ops.conv_bn_relu(
         x,

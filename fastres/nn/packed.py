@@ -20,8 +20,10 @@ class _Entry(NamedTuple):
     key: tuple[Any, ...]  # of the weight's contents and the convolution's geometry
     weight: Tensor
     memory: Tensor  # keeps the weight's address from being given to another
-    forms: dict[int, Tensor]  # by length, which tells the forms apart
-    by_size: dict[tuple[Any, ...], Tensor]  # by the input's (N, H, W) and what is allowed
+    casts: dict[torch.dtype, Tensor]  # the weight in other dtypes, as autocast wants it
+    forms: dict[tuple[int, torch.dtype], Tensor]  # by length, which tells a dtype's forms apart
+    # By the input's (N, H, W), the dtype, and what is allowed.
+    by_size: dict[tuple[Any, ...], Tensor]
 
 
 # Input sizes that are remembered for a weight; a model that sees more chooses anew.
@@ -42,8 +44,39 @@ class PackedWeights:
         self._entries: dict[nn.Module, _Entry] = {}
         _ALL.add(self)
 
-    def get(self, conv: Any, weight: Tensor, size: tuple[int, int, int]) -> Tensor | None:
-        """The packed form of ``weight`` for inputs of (N, H, W) ``size``, made if out of date."""
+    def get(
+        self, conv: Any, weight: Tensor, size: tuple[int, int, int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """The packed form of ``weight`` in ``dtype`` for inputs of (N, H, W) ``size``."""
+        entry = self._entry(conv, weight)
+        if entry is None:
+            return None
+        kind = (size, dtype, cpu.allow_winograd)
+        packed = entry.by_size.get(kind)
+        if packed is None:
+            packed = self._pack(conv, entry, size, dtype)
+            if len(entry.by_size) >= _MOST_SIZES:
+                entry.by_size.clear()
+            entry.by_size[kind] = packed
+        return packed
+
+    def cast(self, conv: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` in ``dtype``, without gradients."""
+        entry = self._entry(conv, weight)
+        if entry is None:
+            return weight.to(dtype)
+        return self._cast(entry, dtype)
+
+    def _cast(self, entry: _Entry, dtype: torch.dtype) -> Tensor:
+        if dtype == entry.weight.dtype:
+            return entry.weight
+        weight = entry.casts.get(dtype)
+        if weight is None:
+            weight = entry.casts[dtype] = entry.weight.detach().to(dtype)
+        return weight
+
+    def _entry(self, conv: Any, weight: Tensor) -> _Entry | None:
+        """The entry of ``weight`` as it is now, made if out of date; None where none can be."""
         if weight.is_inference() or "_is_fsdp_managed_module" in conv.__dict__:
             return None  # without a version, or gathered into the same: a change can't be seen
         key = (
@@ -58,24 +91,20 @@ class PackedWeights:
         )
         entry = self._entries.get(conv)
         if entry is None or entry.weight is not weight or entry.key != key:
-            entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {})
-        kind = (size, cpu.allow_winograd)
-        packed = entry.by_size.get(kind)
-        if packed is None:
-            packed = self._pack(conv, entry, size)
-            if len(entry.by_size) >= _MOST_SIZES:
-                entry.by_size.clear()
-            entry.by_size[kind] = packed
-        return packed
+            entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {}, {})
+        return entry
 
-    def _pack(self, conv: Any, entry: _Entry, size: tuple[int, int, int]) -> Tensor:
+    def _pack(
+        self, conv: Any, entry: _Entry, size: tuple[int, int, int], dtype: torch.dtype
+    ) -> Tensor:
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups, size)
-        numel = ops.packed_conv_weight_numel(entry.weight, *geometry)
-        packed = entry.forms.get(numel)
+        weight = self._cast(entry, dtype)
+        form = (ops.packed_conv_weight_numel(weight, *geometry), dtype)
+        packed = entry.forms.get(form)
         if packed is None:
             with torch.no_grad():
-                packed = ops.pack_conv_weight(entry.weight, *geometry)
-            entry.forms[numel] = packed
+                packed = ops.pack_conv_weight(weight, *geometry)
+            entry.forms[form] = packed
         return packed
 
     def clear(self) -> None:

@@ -47,8 +47,8 @@ def pack_conv_weight(
 
     Returns:
         A float32 vector for the argument `packed` of `conv_bn_relu`; of length 0 where packing
-        is of no use (other dtypes and devices, groups, dilation). It is a copy: make it anew when
-        `weight` changes.
+        is of no use (other devices, groups, dilation; other dtypes than float32, but for bfloat16
+        on a processor's matrix unit). It is a copy: make it anew when `weight` changes.
     """
     size: list[int] = []
     if input_size is not None:
@@ -68,10 +68,11 @@ def packed_conv_weight_numel(
     input_size: list[int],
 ) -> int:
     """Return the length of `pack_conv_weight`'s result, which tells its form, without packing."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu":
         return 0
     shape = [int(i) for i in weight.shape]
-    return _C.packed_conv_weight_numel(shape, stride, padding, dilation, groups, input_size)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return _C.packed_conv_weight_numel(shape, stride, padding, dilation, groups, input_size, dtype)
 
 
 def conv_bn_relu(
