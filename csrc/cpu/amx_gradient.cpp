@@ -38,17 +38,17 @@ int64_t lists_of(const ConvShape& s, int64_t images) {
   return std::min(s.stride[0], s.kh) * variants_of(s, images);
 }
 
-// In cycles: the products of two panels and 32 pixels, and the transform of a number.
+// In cycles: the products of two panels and 32 pixels, and the transform of a number. To read
+// images that are far apart is worth so many lists.
 struct Costs {
-  double product, transform;
+  double product, transform, far_apart;
 };
 
-Costs costs_of(int parts) { return parts == 1 ? Costs{70.0, 0.3} : Costs{400.0, 0.5}; }
+Costs costs_of(int parts) { return parts == 1 ? Costs{70.0, 0.3, 0.5} : Costs{400.0, 0.5, 2.5}; }
 
 // The best number of innermost images: rows' ends waste products, and so does a tap's part of a row
 // outside the input; many images are far apart in memory.
 int64_t best_images(const ConvShape& s, const Costs& costs) {
-  constexpr double far_apart = 2.5;
   int64_t best = 1;
   double best_cost = std::numeric_limits<double>::infinity();
   for (int64_t images = 1; images <= kAmxPixels && images < 2 * s.n; images *= 2) {
@@ -62,7 +62,7 @@ int64_t best_images(const ConvShape& s, const Costs& costs) {
     const double rows = static_cast<double>(ceil_div(s.n, images) * s.oh);
     const double pairs = static_cast<double>(ceil_div(s.ci, kAmxPanel) * ceil_div(s.co, kAmxPanel));
     const double lists =
-        static_cast<double>(lists_of(s, images)) + (images == kAmxPixels ? far_apart : 0.0);
+        static_cast<double>(lists_of(s, images)) + (images == kAmxPixels ? costs.far_apart : 0.0);
     const double cost =
         rows * (steps * s.kh * pairs * costs.product +
                 round_up(s.ow * images, kAmxPixels) * lists * s.ci * costs.transform);
@@ -117,7 +117,8 @@ Plan make_plan(const ConvShape& s, int parts_of_number, int64_t threads) {
   const int64_t smaller =
       std::min(ceil_div(left, plan.left_blocks), ceil_div(right, plan.right_blocks));
   const int64_t panels = taps == 1 ? smaller : 1 + lists;
-  const int64_t length = std::clamp(bytes / (2 * parts_of_number * kAmxPanel * panels), fewest, most);
+  const int64_t length =
+      std::clamp(bytes / (2 * parts_of_number * kAmxPanel * panels), fewest, most);
   const int64_t row = round_up(s.ow * plan.images, kAmxPixels);
   plan.group_cuts = plan.groups;
   plan.row_cuts = plan.column_cuts = 1;
@@ -180,9 +181,8 @@ bool amx_gradient_fits(const ConvShape& s, DType dtype) {
   // Fewer channels leave most of a tile empty.
   constexpr int64_t fewest_channels = 12;
   const bool dilated = s.dilation[0] != 1 || s.dilation[1] != 1;
-  return kernels().amx_gradient[static_cast<int>(dtype)] != nullptr &&
-         s.groups == 1 && !dilated && s.pixels() > 0 &&
-         s.ci >= fewest_channels && s.co >= fewest_channels;
+  return kernels().amx_gradient[static_cast<int>(dtype)] != nullptr && s.groups == 1 && !dilated &&
+         s.pixels() > 0 && s.ci >= fewest_channels && s.co >= fewest_channels;
 }
 
 bool amx_gradient_pays(const ConvShape& s) {
@@ -190,7 +190,8 @@ bool amx_gradient_pays(const ConvShape& s) {
   // with few pixels it is the rows' ends and the weights themselves that take the time.
   constexpr int64_t fewest_products = 128 * 128, fewest_pixels = 256;
   if (s.pixels() < fewest_pixels) return false;
-  return !winograd_gradient_fits(s) || s.ci * s.co >= fewest_products * lists_of(s, best_images(s, costs_of(kAmxParts)));
+  return !winograd_gradient_fits(s) ||
+         s.ci * s.co >= fewest_products * lists_of(s, best_images(s, costs_of(kAmxParts)));
 }
 
 bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape, DType dtype,
@@ -248,7 +249,7 @@ bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape, DType dtype,
         float* to = whole ? memory.floats() + left_floats + right_floats + offset_floats
                           : block_sums(block) + part * sum_floats;
         if (!kernel(args, b, layout_of(s, b), scratch, to, chunk != first,
-                                whole ? &out : nullptr)) {
+                    whole ? &out : nullptr)) {
           finite = false;
         }
       }

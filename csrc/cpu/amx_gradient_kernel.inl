@@ -66,23 +66,22 @@ FASTRES_INLINE void amx_transpose(const float* const* rows, int64_t c, Floats* o
   out[3] = bit_cast<Floats>(_mm512_maskz_unpackhi_pd(0xff, c2, d));
 }
 
-// Two rows of 16 numbers as pairs, the first row's in the lower halves; zeros for no row.
-FASTRES_INLINE __m512i amx_pairs_of(const bfloat16* first, const bfloat16* second,
-                                    __mmask16 channels) {
-  const __m256i a = first == nullptr ? _mm256_setzero_si256()
-                                     : _mm256_maskz_loadu_epi16(channels, first);
-  const __m256i b = second == nullptr ? _mm256_setzero_si256()
-                                      : _mm256_maskz_loadu_epi16(channels, second);
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+// The channels of a mask, as floats or as integers.
+FASTRES_INLINE Floats amx_load(const float* p, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+FASTRES_INLINE __m512i amx_load_bits(const bfloat16* p, __mmask16 mask) {
+  return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(mask, p));
+}
+FASTRES_INLINE Floats amx_load(const bfloat16* p, __mmask16 mask) {
+  return bit_cast<Floats>(_mm512_maskz_slli_epi32(0xffff, amx_load_bits(p, mask), 16));
 }
 
-// Two vectors rounded to bfloat16 as pairs, the first's in the lower halves.
-FASTRES_INLINE __m512i amx_rounded_pairs(Floats first, Floats second) {
-  alignas(64) bfloat16 a[kFloatLanes], b[kFloatLanes];
-  store(a, first);
-  store(b, second);
-  return amx_pairs_of(a, b, 0xffff);
+// Two pixels' numbers as pairs, the first's in the lower halves; zeros for no pixel.
+FASTRES_INLINE __m512i amx_pairs_of(const bfloat16* first, const bfloat16* second, __mmask16 mask) {
+  const __m512i a = first == nullptr ? _mm512_setzero_si512() : amx_load_bits(first, mask);
+  const __m512i b = second == nullptr ? _mm512_setzero_si512() : amx_load_bits(second, mask);
+  return _mm512_maskz_or_epi32(0xffff, a, _mm512_maskz_slli_epi32(0xffff, b, 16));
 }
 
 // The input by channels, where it is bfloat16.
@@ -119,10 +118,7 @@ void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const Am
           const Floats bias = load(conv.in_bias + c);
           const auto value = [&](const bfloat16* from) FASTRES_LAMBDA_INLINE {
             if (from == nullptr) return Floats{};
-            const __m256i bits = _mm256_maskz_loadu_epi16(channels, from);
-            const Floats x =
-                bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-            return relu((x - mean) * scale + bias);
+            return relu((amx_load(from, channels) - mean) * scale + bias);
           };
           pair = amx_rounded_pairs(value(at[0]), value(at[1]));
         } else {
@@ -132,8 +128,7 @@ void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const Am
         rows[i] = pairs[i / 2];
       }
       const int64_t k = c - b.ci0;
-      uint16_t* out =
-          left + k / kAmxPanel * panel + pixel * kAmxPanel + k % kAmxPanel * kAmxPixels;
+      uint16_t* out = left + k / kAmxPanel * panel + pixel * kAmxPanel + k % kAmxPanel * kAmxPixels;
       for (int q = 0; q < kFloatLanes; q += 4) {
         Floats channel[4];
         amx_transpose(rows, q, channel);
@@ -213,14 +208,6 @@ void amx_gradient_left(const ConvArgs& conv, const AmxGradientBlock& b, const Am
       }
     }
   }
-}
-
-FASTRES_INLINE Floats amx_load(const float* p, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, p);
-}
-FASTRES_INLINE Floats amx_load(const bfloat16* p, __mmask16 mask) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
-  return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 // The output gradient's parts by pairs of pixels.
@@ -423,11 +410,10 @@ bool amx_gradient(const AmxGradientArgs& args, const AmxGradientBlock& b,
     const int64_t o = left_outside ? task % right_panels : task / left_panels;
     const bool two_left = b.ci1 - b.ci0 - i * kAmxPanel > 16;
     const bool two_right = b.co1 - b.co0 - o * kAmxPanel > 16;
-    const AmxProductsFn products =
-        two_left
-            ? (two_right ? amx_gradient_products<kParts, 2, 2> : amx_gradient_products<kParts, 2, 1>)
-            : (two_right ? amx_gradient_products<kParts, 1, 2>
-                         : amx_gradient_products<kParts, 1, 1>);
+    const AmxProductsFn products = two_left ? (two_right ? amx_gradient_products<kParts, 2, 2>
+                                                         : amx_gradient_products<kParts, 2, 1>)
+                                            : (two_right ? amx_gradient_products<kParts, 1, 2>
+                                                         : amx_gradient_products<kParts, 1, 1>);
     float* pair = sums + (out != nullptr ? 0 : i * right_panels + o) * taps * kAmxSumFloats;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / c.kw, kw = tap % c.kw;

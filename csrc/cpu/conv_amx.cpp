@@ -142,13 +142,13 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
     std::vector<int64_t> starts, offsets, places;
   };
   const auto scratch = [&] {
-    return Memory{scratch_floats(window.floats()),
-                  scratch_floats(parts == 1
-                                     ? 0
-                                     : 2 * amx_group_pairs(window.taps, window.channels, parts) *
-                                           amx_panel_floats(window.taps, window.channels, parts)),
-                  std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows),
-                  std::vector<int64_t>(window.taps)};
+    return Memory{
+        scratch_floats(window.floats()),
+        scratch_floats(parts == 1 ? 0
+                                  : 2 * amx_group_pairs(window.taps, window.channels, parts) *
+                                        amx_panel_floats(window.taps, window.channels, parts)),
+        std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows),
+        std::vector<int64_t>(window.taps)};
   };
   const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
     const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;

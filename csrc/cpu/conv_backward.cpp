@@ -342,7 +342,6 @@ const char* why_amx(DType dtype) {
                                                                    : why_winograd();
 }
 
-
 // The input's gradient, or none where a result is not finite and may be wrong.
 OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, const ConvShape& s,
                                        DType dtype, Algorithm form) {

@@ -31,7 +31,8 @@ Isa upper_bound_from_environment() {
 }
 
 #if defined(__x86_64__)
-// Whether the processor multiplies tiles of bfloat16, and Linux lets this process do so.
+// Whether the processor multiplies tiles of bfloat16 and rounds to it, and Linux lets this process
+// do so.
 bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of cpuid's leaf 7
@@ -39,6 +40,8 @@ bool has_amx() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) {
     return false;
   }
+  constexpr unsigned conversions = 1u << 5;  // of the leaf's second part
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & conversions) == 0) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else

@@ -45,13 +45,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
     const OptionalTensor& in_bias, double in_eps);
 
 // Length of pack_conv_weight's result for a weight (co, ci, kh, kw) of the dtype of this name.
-FASTRES_EXPORTED int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight,
-                                                  const std::vector<int64_t>& stride,
-                                                  const std::vector<int64_t>& padding,
-                                                  const std::vector<int64_t>& dilation,
-                                                  int64_t groups,
-                                                  const std::vector<int64_t>& input_size,
-                                                 const std::string& dtype_name);
+FASTRES_EXPORTED int64_t packed_conv_weight_numel(
+    const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+    const std::vector<int64_t>& input_size, const std::string& dtype_name);
 
 Tensor pack_conv_weight(const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
