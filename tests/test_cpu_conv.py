@@ -410,6 +410,33 @@ def test_nan_and_infinity(kernel: int, stride: int, c_in: int, n: int, algorithm
     assert a[0, :, h, w].isnan().all() and not a[2].isnan().any()
 
 
+def test_packed_weight_of_bfloat16(algorithm: str) -> None:
+    """In a form of its own where the matrix unit takes it, and only there."""
+    problem = Problem(Conv("bfloat16", 48, 40, 3, 1, 12, n=3), torch.bfloat16)
+    packed = pack_conv_weight(problem.weight, *problem.geometry, 1, [3, 12, 12])
+    assert (packed.numel() > 0) == (algorithm == "amx")
+    expected = problem.inference(conv_bn_relu, same, True)
+    float_form = pack_conv_weight(problem.weight.float(), *problem.geometry, 1, [3, 12, 12])
+    for given in (packed, float_form, packed[:-1]):
+        assert problem.inference(conv_bn_relu, same, True, packed=given).equal(expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_in_bfloat16(value: float, algorithm: str) -> None:
+    problem = Problem(Conv("bfloat16", 32, 32, 3, 1, 12, n=3), torch.bfloat16)
+    problem.input[1, 5, 4, 7] = value
+    for prologue in (False, True):
+        z, mean, var = problem.training(conv_stats, same, prologue)
+        exact = problem.training(reference.conv_stats, double, prologue)
+        assert z.isfinite().equal(exact[0].isfinite())
+        assert z.isnan().equal(exact[0].isnan())
+        assert mean.isfinite().equal(exact[1].isfinite())
+        assert var.isfinite().equal(exact[2].isfinite())
+    actual = problem.inference(conv_bn_relu, same, True)
+    exact_result = problem.inference(reference.conv_bn_relu, double, True)
+    assert actual.isnan().equal(exact_result.isnan())
+
+
 @pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001, -0x7FFFFF])
 @pytest.mark.parametrize("where", ["input", "weight"])
 def test_nan_of_every_payload(where: str, bits: int, algorithm: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastres import models, ops
+from fastres import _C, models, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
 from fastres.nn import PackedWeights, Pending, finish, max_pool
 from recording import FastresOps, convolutions_of, ops_of
@@ -300,6 +300,7 @@ def assert_packs_are_true(module, x):
         x, weight, packed = args[0], args[1], args[-1]
         size = [x.shape[0], *x.shape[2:]]
         assert torch.equal(packed, ops.pack_conv_weight(weight, *args[9:13], size))
+    return calls
 
 
 CHANGES = {
@@ -430,13 +431,54 @@ def test_weights_made_in_inference_mode_are_not_kept():
         assert len(fused._packed) == 0
 
 
-def test_no_packing_in_training_or_16_bit():
+def test_no_packing_in_training_or_float16():
     _, fused, x = pair(dtype=torch.float32)
     fused.train()(x)
     assert len(fused._packed) == 0
     with torch.no_grad():
-        fused.eval().bfloat16()(x.bfloat16())
+        fused.eval().half()(x.half())
     assert len(fused._packed) == 0
+
+
+def autocast_to_bfloat16(call):
+    def wrapped(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(x)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])
+def test_packing_of_bfloat16(autocast):
+    """Of what autocast made of the weights, too, which is made once."""
+    fused, x = FusedBasicBlock(32, 32).eval(), torch.randn(2, 32, 9, 9)
+    call = autocast_to_bfloat16(fused) if autocast else fused
+    if not autocast:
+        fused, x = fused.bfloat16(), x.bfloat16()
+    calls = assert_packs_are_true(call, x)
+    assert all(args[1].dtype == torch.bfloat16 for args in calls)
+    if _C.cpu_capability() == "amx":
+        assert all(args[-1].numel() > 0 for args in calls)
+    again = assert_packs_are_true(call, x)
+    assert all(a[1] is b[1] and a[-1] is b[-1] for a, b in zip(calls, again, strict=True))
+    with torch.no_grad():
+        before = call(x)
+        fused.conv1.weight.mul_(-2)
+    assert_packs_are_true(call, x)
+    with torch.no_grad():
+        after = call(x)
+    assert not torch.equal(before, after)
+    # With gradients, for which the weights are rounded anew.
+    assert torch.equal(call(x).detach(), after)
+
+
+def test_autocast_gives_gradients_after_inference():
+    _, fused, x = pair(dtype=torch.float32)
+    call = autocast_to_bfloat16(fused.eval())
+    with torch.no_grad():
+        call(x)
+    call(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in fused.parameters())
 
 
 def test_threads_share_a_model():
