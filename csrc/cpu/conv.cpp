@@ -569,13 +569,17 @@ Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const 
 
 Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual,
                      const PoolGeometry& pool) const {
-  const bool along = is_winograd(algorithm_) && is_winograd_stem(shape_) && shape_.pixels() > 0 &&
-                     !residual.has_value() && winograd_stem_pools(shape_, pool, dtype_);
+  const bool amx = algorithm_ == Algorithm::amx;
+  const bool stem = is_winograd(algorithm_) && is_winograd_stem(shape_);
+  const bool along = shape_.pixels() > 0 && !residual.has_value() &&
+                     ((amx && amx_pools(shape_, pool, dtype_)) ||
+                      (stem && winograd_stem_pools(shape_, pool, dtype_)));
   if (along) {
     Tensor y = empty_channels_last({pool.n, pool.c, pool.oh, pool.ow}, type_);
     PackedConv conv(input, weight_, packed_, shape_, dtype_, algorithm_);
     set_epilogue(conv.args, y);
-    if (run_winograd_stem_pool(conv.args, shape_, pool, dtype_)) {
+    if (amx ? run_amx_pool(conv.args, shape_, pool, dtype_)
+            : run_winograd_stem_pool(conv.args, shape_, pool, dtype_)) {
       log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
       return y;
     }

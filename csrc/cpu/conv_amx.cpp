@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "conv_blocks.h"
+#include "conv_pool.h"
 #include "memory.h"
 
 namespace fastres::cpu {
@@ -55,6 +56,28 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan
   const double block = taps * panels * (multiply * tiles + waiting) + split * lines;
   return block * static_cast<double>(ceil_div(plan.pixel_blocks() * plan.channel_groups, threads));
 }
+
+// What a thread needs for blocks of such a window and at most so many tiles.
+class Memory {
+ public:
+  Memory(const AmxWindow& window, int64_t tiles)
+      : window_(scratch_floats(window.floats())),
+        weights_(scratch_floats(
+            window.parts == 1 ? 0  // they are not split
+                              : 2 * amx_group_pairs(window.taps, window.channels, window.parts) *
+                                    amx_panel_floats(window.taps, window.channels))),
+        starts_(tiles),
+        offsets_(tiles * kAmxRows),
+        places_(window.taps) {}
+
+  AmxScratch scratch() {
+    return {window_.floats(), weights_.floats(), starts_.data(), offsets_.data(), places_.data()};
+  }
+
+ private:
+  Scratch window_, weights_;
+  std::vector<int64_t> starts_, offsets_, places_;
+};
 
 // Blocks of several images and fewer rows have fuller tiles, blocks of whole images less padding.
 Plan make_plan(const ConvShape& s, int parts, int64_t threads) {
@@ -137,19 +160,7 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   const int64_t plane = s.panels() * kConvPanel;
   const int64_t tiles = amx_most_tiles(images, rows, s.ow);
   const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
-  struct Memory {
-    Scratch window, weights;
-    std::vector<int64_t> starts, offsets, places;
-  };
-  const auto scratch = [&] {
-    return Memory{
-        scratch_floats(window.floats()),
-        scratch_floats(parts == 1 ? 0
-                                  : 2 * amx_group_pairs(window.taps, window.channels, parts) *
-                                        amx_panel_floats(window.taps, window.channels, parts)),
-        std::vector<int64_t>(tiles), std::vector<int64_t>(tiles * kAmxRows),
-        std::vector<int64_t>(window.taps)};
-  };
+  const auto scratch = [&] { return Memory(window, tiles); };
   const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
     const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;
     const auto [panel0, panel1] = panels_of_group(s, 2 * kConvPanel, group, plan.channel_groups);
@@ -161,22 +172,72 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
                          .w1 = s.ow,
                          .panel0 = panel0,
                          .panel1 = panel1};
-    const AmxScratch given{memory.window.floats(), memory.weights.floats(), memory.starts.data(),
-                           memory.offsets.data(), memory.places.data()};
-    return kernel(args, part, given, sums);
+    return kernel(args, part, memory.scratch(), sums);
   };
   return run_blocks(plan.channel_groups, plan.pixel_blocks(), statistics ? kConvSums * plane : 0,
                     scratch, run);
 }
 
-std::optional<std::vector<double>> run_amx(const ConvArgs& conv, const ConvShape& s, DType dtype,
-                                           bool statistics) {
+namespace {
+
+// A convolution into a dense output.
+AmxConvArgs dense_args(const ConvArgs& conv, const ConvShape& s) {
   AmxConvArgs args{};
   args.conv = conv;
   args.output_stride_w = s.co;
   args.output_stride_h = s.ow * s.co;
   args.output_stride_n = s.oh * s.ow * s.co;
-  return run_amx(args, s, dtype, statistics);
+  return args;
+}
+
+PoolBand band_of(const ConvShape& s, const PoolGeometry& pool, DType dtype) {
+  constexpr int64_t rows = 14;
+  return {s, pool, dtype, std::min(rows, s.oh)};
+}
+
+AmxWindow window_of(const ConvShape& s, DType dtype, int64_t rows) {
+  ConvArgs args{};
+  set_sizes(args, s);
+  return {args, 1, rows, parts_of(dtype)};
+}
+
+}  // namespace
+
+std::optional<std::vector<double>> run_amx(const ConvArgs& conv, const ConvShape& s, DType dtype,
+                                           bool statistics) {
+  return run_amx(dense_args(conv, s), s, dtype, statistics);
+}
+
+bool amx_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype) {
+  const PoolBand band = band_of(s, pool, dtype);
+  return band.fits() && window_of(s, dtype, band.rows).floats() <= kWindowFloats;
+}
+
+bool run_amx_pool(const ConvArgs& conv, const ConvShape& s, const PoolGeometry& pool, DType dtype) {
+  AmxConvArgs args = dense_args(conv, s);
+  set_sizes(args.conv, s);
+  args.conv.stream = false;
+  const PoolBand band = band_of(s, pool, dtype);
+  const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
+  const auto convolve = [&](Memory& memory, int64_t n, int64_t h0, int64_t h1, void* rows,
+                            int64_t origin) {
+    AmxConvArgs to_rows = args;
+    to_rows.conv.output = rows;
+    to_rows.origin = origin;
+    const ConvBlock block{.n0 = n,
+                          .n1 = n + 1,
+                          .h0 = h0,
+                          .h1 = h1,
+                          .w0 = 0,
+                          .w1 = s.ow,
+                          .panel0 = 0,
+                          .panel1 = s.panels()};
+    return kernel(to_rows, block, memory.scratch(), nullptr);
+  };
+  const auto memory = [&] {
+    return Memory(window_of(s, dtype, band.rows), amx_most_tiles(1, band.rows, s.ow));
+  };
+  return run_pooled(s, pool, dtype, band, conv.output, conv.stream, memory, convolve);
 }
 
 namespace {

@@ -23,6 +23,10 @@ int64_t amx_packed_floats(const ConvShape& s, DType dtype);
 std::optional<std::vector<double>> run_amx(const ConvArgs& args, const ConvShape& s, DType dtype,
                                            bool statistics);
 
+// As winograd_stem_pools and run_winograd_stem_pool.
+bool amx_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype);
+bool run_amx_pool(const ConvArgs& args, const ConvShape& s, const PoolGeometry& pool, DType dtype);
+
 // Whether it beats the other algorithms at the gradient of this convolution's input.
 bool amx_input_gradient_pays(const ConvShape& s);
 

@@ -18,8 +18,9 @@ struct AmxConvArgs {
   // With z, laid out as the input, conv's input becomes that of z by a BatchNorm's statistics:
   // input + in_bias + in_scale * (z - in_mean).
   const void* z;
-  // Of the output, in elements.
-  int64_t output_stride_n, output_stride_h, output_stride_w;
+  // Of the output, in elements; `origin` is the one that conv.output points to, 0 where there is a
+  // residual or x.
+  int64_t output_stride_n, output_stride_h, output_stride_w, origin;
   // With x, laid out as the output, the epilogue is the backward of relu((x - x_mean) * x_scale +
   // x_bias): what is written is the gradient of x, and the sums are, of the gradient g of what the
   // ReLU takes, g and g * (x - x_mean). Vectors are padded to whole panels.

@@ -429,9 +429,10 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
     for (int m = 0; m < kAmxRows; ++m, ++offset) {
       const bool inside = place < row && h < rows;
       const int64_t w = place / window.images, n = place % window.images;
-      *offset = inside ? (block.n0 + n) * all.output_stride_n +
-                             (block.h0 + h) * all.output_stride_h + w * all.output_stride_w
-                       : -1;
+      *offset = inside
+                    ? (block.n0 + n) * all.output_stride_n + (block.h0 + h) * all.output_stride_h +
+                          w * all.output_stride_w - all.origin
+                    : -1;
       if (++place == window.pitch()) {
         place = 0;
         // By rows, the next row is the next tile's.
