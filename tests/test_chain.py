@@ -395,10 +395,35 @@ def test_who_looks_at_every_op_sees_every_unit():
 
 def test_other_precisions_are_left_to_the_units():
     x = torch.randn(2, 3, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert chained_units(fused(stem="cifar"), x)[0] == 0
     assert chained_units(fused(stem="cifar").double(), x.double())[0] == 0
-    assert chained_units(fused(stem="cifar").bfloat16(), x.bfloat16())[0] == 0
+    assert chained_units(fused(stem="cifar").half(), x.half())[0] == 0
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_bfloat16_has_the_bits_that_it_has_with_gradients(stem):
+    model, x = fused(stem=stem), torch.randn(2, 3, 48, 40)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            count, y = chained_units(model, x)
+            assert count == 20
+            assert torch.equal(y, model(x))
+        with torch.no_grad():
+            model.layer2[0].conv1.weight.mul_(-2)
+    model, x = model.bfloat16(), x.bfloat16()
+    count, y = chained_units(model, x)
+    assert count == 20
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, model(x))
+
+
+def test_types_that_do_not_fit_are_an_error():
+    model, x = fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight must be bfloat16"):
+        model(x.bfloat16())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight must be float32"):
+        model.bfloat16()(x)
 
 
 def test_nothing_is_stale():

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops._shapes import to_parameter_dtype
 from .norm import affine
 from .packed import PackedWeights
+from .precision import autocast_dtype
 
 # A unit's max-pool in a program: its kernel size, stride and padding.
 _NO_POOL = (0,) * 6
@@ -41,16 +43,17 @@ class Deferred:
         weight = conv._parameters["weight"]
         buffers = bn._buffers
         chain = self.chain
+        dtype = chain.input.dtype
         chain.program += (self.index, -1 if residual is None else residual.index)
-        for tensor in (
-            weight,
+        chain.add(packed_weights.cast(conv, weight, dtype) if chain.casts else weight)
+        for vector in (
             conv._parameters["bias"],
             buffers["running_mean"],
             buffers["running_var"],
             *affine(bn),
-            packed_weights.get(conv, weight, self.size, torch.float32),
         ):
-            chain.add(tensor)
+            chain.add(vector if dtype == torch.float32 else to_parameter_dtype(vector, chain.input))
+        chain.add(packed_weights.get(conv, weight, self.size, dtype))
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation
         chain.program += (*stride, *padding, *dilation, conv.groups, relu, *_NO_POOL)
         chain.eps.append(bn.eps)
@@ -81,7 +84,9 @@ class Chain:
     """What ``ops.conv_chain`` is given, while it is recorded."""
 
     def __init__(self, input: Tensor) -> None:
-        self.input = input
+        dtype = autocast_dtype(input)
+        self.casts = dtype is not None
+        self.input = input if dtype is None else input.to(dtype)
         self.tensors: list[Tensor] = []
         self.program: list[int] = []
         self.eps: list[float] = []
@@ -101,18 +106,17 @@ class Chain:
 
 
 def chains(x: Any) -> bool:
-    """Whether units of x may wait: plain float32 without gradients, and nobody who looks on.
+    """Whether units of x may wait: a plain tensor without gradients, and nobody who looks on.
 
     A compiler, a tracer, or a mode of torch's that sees every op is to see every unit.
     """
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
-        and x.dtype == torch.float32
         and x.is_cpu
+        and (autocast_dtype(x) or x.dtype) in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)

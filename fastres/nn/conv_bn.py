@@ -21,6 +21,7 @@ from ..ops.reference import in_transform
 from .chain import Deferred
 from .norm import ACTIVATED, FROZEN, affine, has_relu, is_frozen, kind_of, uses_batch_statistics
 from .packed import PackedWeights
+from .precision import autocast_dtype
 from .sync import synchronised, synchronises
 
 # A block's child: what it should be stands in its name, what it is only a check can tell.
@@ -304,13 +305,3 @@ def _dtype_of(conv: Module) -> torch.dtype:
     """The type of conv's result, which autocast may change."""
     weight = conv._parameters["weight"]
     return autocast_dtype(weight) or weight.dtype
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast wants a convolution to run in; None where it has no say, as in float64."""
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64:
-        return None
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
