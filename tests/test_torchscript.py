@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastres
 from fastres import models
 from fastres.models.resnet import BasicBlock, FusedBasicBlock, FusedResNet
-from tolerances import relative_error
+from tolerances import assert_within_twice, relative_error
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated")
 fused_or_plain = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -297,11 +297,13 @@ def test_compile_under_autocast(train):
     block = build().layer2[0].train(train)
     x = torch.randn(2, 64, 8, 8)
     expected_block = copy.deepcopy(block)
+    exact = copy.deepcopy(block).double()(x.double())
     with torch.autocast("cpu", torch.bfloat16):
         actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
         expected = expected_block(x)
     assert actual.dtype == torch.bfloat16
-    torch.testing.assert_close(actual, expected)
+    # A weight that is packed beforehand may go to another kernel, which rounds otherwise.
+    assert_within_twice(actual.detach(), expected.detach(), exact.detach())
 
 
 def test_compile_with_cumulative_statistics():

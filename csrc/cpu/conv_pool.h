@@ -61,8 +61,8 @@ bool run_pooled(const ConvShape& s, const PoolGeometry& pool, DType dtype, const
     bool finite = true;
     while (done < end) {
       const int64_t next_end = std::min(next + band.rows, last_row(end - 1));
-      finite &= convolve(given.first, n, next, next_end, rows,
-                         (n * s.oh + begin) * band.row_elements);
+      finite &=
+          convolve(given.first, n, next, next_end, rows, (n * s.oh + begin) * band.row_elements);
       next = next_end;
       int64_t whole = done;  // up to where all windows' rows are there
       while (whole < end && last_row(whole) <= next) ++whole;

@@ -12,13 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import ops
 from ..nn import finish
 from ..nn.chain import Chain, Deferred, chains
-from ..nn.conv_bn import (
-    autocast_dtype,
-    conv_bn,
-    conv_bn_add_relu,
-    is_untouched,
-    shows_modules,
-)
+from ..nn.conv_bn import conv_bn, conv_bn_add_relu, is_untouched, shows_modules
+from ..nn.precision import autocast_dtype
 from ..nn.units import folded
 
 _RELU = nn.ReLU()
