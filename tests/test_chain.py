@@ -1,6 +1,7 @@
 """conv_chain, and the models that compute their blocks by it: the bits of one unit at a time."""
 
 import copy
+import pickle
 from unittest import mock
 
 import pytest
@@ -12,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
 from fastres import ops
+from fastres.backends import cpu
 from fastres.models.resnet import FusedBasicBlock
 from fastres.ops import reference
+from running import in_threads
 
 EPS = [1e-5, 1e-3, 1e-5]
 NO_POOL = (0,) * 6
@@ -313,10 +316,13 @@ ATTACHMENTS = {
 }
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("attach", ATTACHMENTS.values(), ids=ATTACHMENTS)
-def test_what_is_attached_is_seen(attach):
+def test_what_is_attached_is_seen(attach, recorded):
     model, x = fused(), torch.randn(2, 3, 40, 40)
     before = model(x)
+    if recorded:
+        assert chained_units(model, x)[0] == 20
     attach(model)
     count, y = chained_units(model, x)
     assert count == 0
@@ -343,10 +349,13 @@ STEM_ATTACHMENTS = {
 }
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("attach", STEM_ATTACHMENTS.values(), ids=STEM_ATTACHMENTS)
-def test_what_is_attached_to_the_stem_leaves_the_blocks(attach):
+def test_what_is_attached_to_the_stem_leaves_the_blocks(attach, recorded):
     model, x = fused(), torch.randn(2, 3, 40, 40)
     before = model(x)
+    if recorded:
+        assert chained_units(model, x)[0] == 20
     attach(model)
     count, y = chained_units(model, x)
     assert count == 19
@@ -439,8 +448,158 @@ def test_nothing_is_stale():
     assert torch.equal(after, copy.deepcopy(model)(x))
 
 
+def recordings(model, x) -> tuple[int, torch.Tensor]:
+    """How often a forward without gradients records the chain, and its result."""
+    with mock.patch.object(model, "_record", wraps=model._record) as record, torch.no_grad():
+        y = model(x)
+    return record.call_count, y
+
+
+def test_a_chain_is_recorded_once_for_each_size_and_type():
+    model, x = fused(), torch.randn(2, 3, 40, 40)
+    kinds = {
+        "": (lambda: recordings(model, x)),
+        "size": (lambda: recordings(model, x[:1, :, 3:])),
+        "autocast": autocast_to_bfloat16(lambda: recordings(model, x)),
+        "layout": (lambda: recordings(model, x.to(memory_format=torch.channels_last))),
+        "winograd": cpu.flags(allow_winograd=False)(lambda: recordings(model, x)),
+    }
+    results = {}
+    for kind, forward in kinds.items():
+        count, results[kind] = forward()
+        assert count == (kind != "layout"), kind
+    for kind, forward in kinds.items():
+        count, y = forward()
+        assert count == 0, kind
+        assert torch.equal(y, results[kind]), kind
+    assert torch.equal(results[""], model(x))
+
+
+def autocast_to_bfloat16(call):
+    def wrapped():
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return wrapped
+
+
+def replace_weight(model):
+    model.layer1[1].conv2.weight = nn.Parameter(model.layer1[1].conv2.weight * 2)
+
+
+def replace_data(model):
+    model.layer1[1].conv2.weight.data = model.layer1[1].conv2.weight.data * 2
+
+
+def transpose_data(model):
+    weight = model.layer1[1].conv2.weight
+    weight.data = weight.data.transpose(0, 1)
+
+
+def replace_module(model):
+    model.layer2[1].bn1 = copy.deepcopy(model.layer2[1].bn1)
+    model.layer2[1].bn1.running_mean += 1
+
+
+def replace_buffer(model):
+    model.bn1.running_var = model.bn1.running_var * 3
+
+
+def load_into(model):
+    model.load_state_dict({k: v / 2 for k, v in model.state_dict().items()})
+
+
+def step_of(optimizer, **options):
+    def step(model):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer(model.parameters(), 0.1, **options).step()
+
+    return step
+
+
+CHANGES = {
+    "weight in place": lambda model: model.layer3[0].conv1.weight.mul_(2),
+    "buffer in place": lambda model: model.layer3[0].bn1.running_mean.add_(1),
+    "bias of a BatchNorm": lambda model: model.bn1.bias.add_(1),
+    "another weight": replace_weight,
+    "a weight's data": replace_data,
+    "a weight's strides": transpose_data,
+    "another module": replace_module,
+    "another buffer": replace_buffer,
+    "eps": lambda model: setattr(model.layer4[0].bn2, "eps", 0.5),
+    "state_dict": load_into,
+    "step": step_of(torch.optim.SGD),
+    "fused step": step_of(torch.optim.SGD, fused=True),
+    "another block": lambda model: model.layer1.append(copy.deepcopy(model.layer1[1])),
+    "a projection less": lambda model: setattr(model.layer1[0], "downsample", nn.Sequential()),
+    "another pool": lambda model: setattr(model.maxpool, "kernel_size", 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_recorded_chain_sees_every_change(change):
+    model, x = fused(), torch.randn(2, 3, 40, 40)
+    recordings(model, x)
+    count, before = recordings(model, x)
+    assert count == 0
+    with torch.no_grad():
+        change(model)
+    _, after = recordings(model, x)
+    assert torch.equal(after, copy.deepcopy(model)(x))
+    assert not torch.allclose(after, before) or change is CHANGES["a projection less"]
+    count, again = recordings(model, x)
+    assert torch.equal(again, after)
+
+
+def test_vectors_of_a_bfloat16_model_are_read_anew():
+    model, x = fused().bfloat16(), torch.randn(2, 3, 40, 40).bfloat16()
+    _, before = recordings(model, x)
+    with torch.no_grad():
+        model.bn1.running_mean.add_(1)
+    _, after = recordings(model, x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, model(x))
+
+
+def test_copies_of_a_recorded_model():
+    model, x = fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    _, y = recordings(model, x)
+    twin, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        model.conv1.weight.zero_()
+    for other in (twin, pickled):
+        assert torch.equal(recordings(other, x)[1], y)
+    # A shallow copy with modules of its own, as replicas have.
+    other = copy.copy(twin)
+    other._modules = dict(twin._modules, conv1=copy.deepcopy(twin.conv1))
+    with torch.no_grad():
+        other.conv1.weight.mul_(-1)
+        assert not torch.equal(other(x), y)
+    assert torch.equal(recordings(twin, x)[1], y)
+
+
+def test_threads_share_a_recorded_model():
+    model = fused(stem="cifar")
+    inputs = [torch.randn(1 + i, 3, 16, 16) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+
+    def right(i):
+        with torch.no_grad():
+            for _ in range(20):
+                if i == 0:
+                    model.eval()  # forgets what the others may be using
+                if not torch.equal(model(inputs[i]), expected[i]):
+                    return False
+        return True
+
+    assert not in_threads(4, right)
+
+
 def test_parameters_of_functional_call():
     model, other, x = fused(stem="cifar"), fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    recordings(model, x)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)

@@ -28,6 +28,7 @@ from ..nn.conv_bn import (
     project,
 )
 from ..nn.max_pool import max_pool, pool_geometry, pools_later
+from ..nn.recording import Recordings
 from ..nn.units import FusedUnits, waits
 from ..ops.reference import channels_last
 
@@ -192,6 +193,7 @@ class FusedResNet(FusedUnits, ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._recordings = Recordings()
         self.keep_last_stage()
 
     def keep_last_stage(self) -> None:
@@ -210,15 +212,32 @@ class FusedResNet(FusedUnits, ResNet):
     def _features(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._stages(self._stem(x))
-        elif chains(x) and self._chains():
-            stem: Any = self._stem
-            stages: Any = self._stages
-            if self._stem_chains():
-                return stages(stem(Chain(x).start())).compute()
-            x = stem(x)
-            return stages(Chain(x).start()).compute() if chains(x) else stages(x)
+        elif chains(x) and not is_watched():
+            y = self._recordings.compute(self, x)
+            return self._record(x) if y is None else y
         else:
             return self._stages(self._stem(x))
+
+    def _record(self, x: Tensor) -> Tensor:
+        """The features of an x whose units may wait: those that can are computed in one call."""
+        stem: Any = self._stem
+        stages: Any = self._stages
+        if not self._chains():
+            return stages(stem(x))
+        if not self._stem_chains():
+            x = stem(x)
+            return stages(Chain(x).start()).compute() if chains(x) else stages(x)
+        chain = Chain(x)
+        y = stages(stem(chain.start())).compute()
+        parts = (self.conv1, self.bn1, self.relu, self.maxpool)
+        parts += (self.layer1, self.layer2, self.layer3, self.layer4)
+        called = (module for part in parts for module in part.modules())
+        self._recordings.keep(self, called, x, chain)
+        return y
+
+    def _forget(self) -> None:
+        self._recordings.clear()
+        super()._forget()
 
     def _stages(self, x: Tensor) -> Tensor:
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -226,15 +245,11 @@ class FusedResNet(FusedUnits, ResNet):
     def _chains(self) -> bool:
         """Whether all that the blocks do is fused units with their running statistics."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        return (
-            not is_watched()
-            and all(is_untouched(stage, nn.Sequential) for stage in stages)
-            and all(
-                type(block) in _FUSED_BLOCKS.values()
-                and is_untouched(block, type(block))
-                and block.chains()
-                for block in self.blocks()
-            )
+        return all(is_untouched(stage, nn.Sequential) for stage in stages) and all(
+            type(block) in _FUSED_BLOCKS.values()
+            and is_untouched(block, type(block))
+            and block.chains()
+            for block in self.blocks()
         )
 
     def _stem_chains(self) -> bool:

@@ -44,6 +44,7 @@ class Deferred:
         buffers = bn._buffers
         chain = self.chain
         dtype = chain.input.dtype
+        chain.packed.append((packed_weights, conv))
         chain.program += (self.index, -1 if residual is None else residual.index)
         chain.add(packed_weights.cast(conv, weight, dtype) if chain.casts else weight)
         for vector in (
@@ -52,7 +53,9 @@ class Deferred:
             buffers["running_var"],
             *affine(bn),
         ):
-            chain.add(vector if dtype == torch.float32 else to_parameter_dtype(vector, chain.input))
+            converted = to_parameter_dtype(vector, chain.input)
+            chain.converted |= converted is not vector
+            chain.add(converted)
         chain.add(packed_weights.get(conv, weight, self.size, dtype))
         stride, padding, dilation = conv.stride, conv.padding, conv.dilation
         chain.program += (*stride, *padding, *dilation, conv.groups, relu, *_NO_POOL)
@@ -90,6 +93,9 @@ class Chain:
         self.tensors: list[Tensor] = []
         self.program: list[int] = []
         self.eps: list[float] = []
+        # Where each unit's weights are kept, and whether any vector is a copy.
+        self.packed: list[tuple[PackedWeights, Any]] = []
+        self.converted = False
 
     def start(self) -> Deferred:
         """The input, from which the first unit is taken."""

@@ -26,6 +26,19 @@ class _Entry(NamedTuple):
     by_size: dict[tuple[Any, ...], Tensor]
 
 
+def _key(conv: Any, weight: Tensor) -> tuple[Any, ...]:
+    return (
+        weight.data_ptr(),
+        weight._version,
+        weight.shape,
+        weight.stride(),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+
+
 # Input sizes that are remembered for a weight; a model that sees more chooses anew.
 _MOST_SIZES = 64
 
@@ -79,20 +92,19 @@ class PackedWeights:
         """The entry of ``weight`` as it is now, made if out of date; None where none can be."""
         if weight.is_inference() or "_is_fsdp_managed_module" in conv.__dict__:
             return None  # without a version, or gathered into the same: a change can't be seen
-        key = (
-            weight.data_ptr(),
-            weight._version,
-            weight.shape,
-            weight.stride(),
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        key = _key(conv, weight)
         entry = self._entries.get(conv)
         if entry is None or entry.weight is not weight or entry.key != key:
             entry = self._entries[conv] = _Entry(key, weight, weight.detach(), {}, {}, {})
         return entry
+
+    def entry(self, conv: Any) -> _Entry | None:
+        """What is kept of conv's weight, for ``holds``."""
+        return self._entries.get(conv)
+
+    def holds(self, conv: Any, entry: _Entry) -> bool:
+        """Whether nothing was dropped since then, and the weight is what it was."""
+        return self._entries.get(conv) is entry and entry.key == _key(conv, entry.weight)
 
     def _pack(
         self, conv: Any, entry: _Entry, size: tuple[int, int, int], dtype: torch.dtype

@@ -45,16 +45,20 @@ class PacksWeights(nn.Module):
         super().__init__(*args, **kwargs)
         self._packed = PackedWeights()
 
-    def train(self, mode: bool = True) -> PacksWeights:
+    def _forget(self) -> None:
+        """Drop what was made of weights that may be others now."""
         self._packed.clear()
+
+    def train(self, mode: bool = True) -> PacksWeights:
+        self._forget()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PacksWeights:
-        self._packed.clear()
+        self._forget()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed.clear()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
 
