@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet as torchvision_resnet
 
 from ..models.resnet import FusedBasicBlock, FusedBottleneck, FusedResNet, ResNet
-from ..nn import FusedUnits, PackedWeights
+from ..nn import FusedUnits
 from ..nn.conv_bn import is_untouched
 from ..nn.norm import FROZEN, know_timm
 from .build import Graphs, become_region
@@ -74,7 +74,7 @@ def _fuse(module: Any, graphs: Graphs) -> None:
             become_region(module, graphs)
     elif graphs.units(module):
         module.__class__ = fused
-        module._packed = PackedWeights()
+        module.start_packing()
         if fused is FusedResNet:
             module.keep_last_stage()
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..nn import PackedWeights
 from ..nn.conv_bn import fuses, is_untouched, shows_modules
 from ..nn.norm import has_relu, uses_batch_statistics
 from ..nn.units import PacksWeights
@@ -250,5 +249,5 @@ def _renamed(function: Any, name: str) -> Any:
 def become(module: Any, code: Code) -> None:
     """Make a module the region that `code` describes."""
     module.__class__ = region_class(type(module), code)
-    module._packed = PackedWeights()
+    module.start_packing()
     module._held = Held(module, code)

@@ -193,7 +193,6 @@ class FusedResNet(FusedUnits, ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._recordings = Recordings()
         self.keep_last_stage()
 
     def keep_last_stage(self) -> None:
@@ -234,6 +233,10 @@ class FusedResNet(FusedUnits, ResNet):
         called = (module for part in parts for module in part.modules())
         self._recordings.keep(self, called, x, chain)
         return y
+
+    def start_packing(self) -> None:
+        super().start_packing()
+        self._recordings = Recordings()
 
     def _forget(self) -> None:
         self._recordings.clear()

@@ -98,9 +98,7 @@ class Recordings:
         kept = self._kept
         if kept is None or not kept[0].holds(model) or len(kept[1]) >= _MOST:
             kept = self._kept = (Source(model, called), {})
-        kept[1][_key(x)] = _Recorded(
-            chain.tensors, chain.program, chain.eps, chain.packed, entries
-        )
+        kept[1][_key(x)] = _Recorded(chain.tensors, chain.program, chain.eps, chain.packed, entries)
 
     def clear(self) -> None:
         self._kept = None

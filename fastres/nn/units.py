@@ -43,6 +43,10 @@ class PacksWeights(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.start_packing()
+
+    def start_packing(self) -> None:
+        """Have nothing packed yet: of a new module, or one that is given this class."""
         self._packed = PackedWeights()
 
     def _forget(self) -> None:
