@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .. import _C, ops
+from .. import ops
+from ..backends import cpu
 from .chain import Chain
 from .packed import PackedWeights
 from .precision import autocast_dtype
@@ -108,4 +109,4 @@ class Recordings:
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, autocast_dtype(x), _C.winograd_allowed()
+    return x.shape, x.dtype, autocast_dtype(x), cpu.allow_winograd
