@@ -210,7 +210,11 @@ std::optional<std::vector<double>> run_amx(const ConvArgs& conv, const ConvShape
 
 bool amx_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype) {
   const PoolBand band = band_of(s, pool, dtype);
-  return band.fits() && window_of(s, dtype, band.rows).floats() <= kWindowFloats;
+  const AmxWindow window = window_of(s, dtype, band.rows);
+  // Every band reads the weights anew, which is worth it for few.
+  const int64_t pairs = ceil_div(s.panels(), 2);
+  return band.fits() && window.floats() <= kWindowFloats &&
+         pairs <= amx_group_pairs(window.taps, window.channels, window.parts);
 }
 
 bool run_amx_pool(const ConvArgs& conv, const ConvShape& s, const PoolGeometry& pool, DType dtype) {
@@ -292,8 +296,8 @@ std::optional<std::vector<double>> run_amx_input_gradient(AmxConvArgs args,
       const Scratch packed = scratch_floats(amx_packed_floats(t, dtype));
       pack_panels(turned(weight, t, {h.last_tap, w.last_tap}, s.stride),
                   kernels().amx_pack[static_cast<int>(dtype)], packed.floats());
-      const int64_t first = (a * whole.output_stride_h + b * whole.output_stride_w) *
-                            (dtype == DType::float32 ? 4 : 2);  // bytes
+      const int64_t first =
+          (a * whole.output_stride_h + b * whole.output_stride_w) * element_bytes_of(dtype);
       args.conv.weight = packed.floats();
       args.conv.output = static_cast<char*>(whole.conv.output) + first;
       args.x = whole.x == nullptr ? nullptr : static_cast<const char*>(whole.x) + first;

@@ -13,6 +13,9 @@
 
 namespace fastres::cpu {
 
+// Bytes of a number, of the dtypes that our convolutions take.
+constexpr int64_t element_bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 // The rows of the convolution that are in memory: as many as are computed at a time, and before
 // them those that a window had to wait with.
 struct PoolBand {
@@ -22,7 +25,7 @@ struct PoolBand {
   PoolBand(const ConvShape& s, const PoolGeometry& pool, DType dtype, int64_t rows_)
       : rows(rows_),
         row_elements(s.ow * s.co),
-        element_bytes(dtype == DType::float32 ? 4 : 2),
+        element_bytes(element_bytes_of(dtype)),
         bytes((rows + pool.kh - 1) * row_bytes()) {}
 
   int64_t row_bytes() const { return row_elements * element_bytes; }
