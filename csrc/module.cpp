@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/kept_chain.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/winograd.h"
@@ -22,6 +23,38 @@ pybind11::dict build_info() {
   );
   info["torch"] = std::string(FASTRES_BUILT_WITH_TORCH);
   return info;
+}
+
+bool same_values(const pybind11::list& dicts, const pybind11::list& values) {
+  const Py_ssize_t count = PyList_GET_SIZE(values.ptr());
+  Py_ssize_t seen = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts.ptr()); ++i) {
+    PyObject* const dict = PyList_GET_ITEM(dicts.ptr(), i);
+    PyObject* value = nullptr;
+    for (Py_ssize_t place = 0; PyDict_Next(dict, &place, nullptr, &value) != 0; ++seen) {
+      if (seen == count || PyList_GET_ITEM(values.ptr(), seen) != value) return false;
+    }
+  }
+  return seen == count;
+}
+
+bool all_empty(const pybind11::list& dicts) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts.ptr()); ++i) {
+    if (PyDict_Size(PyList_GET_ITEM(dicts.ptr(), i)) != 0) return false;
+  }
+  return true;
+}
+
+bool same_types(const pybind11::list& objects, const pybind11::list& types) {
+  const Py_ssize_t count = PyList_GET_SIZE(types.ptr());
+  if (PyList_GET_SIZE(objects.ptr()) != count) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const type = PyList_GET_ITEM(types.ptr(), i);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(objects.ptr(), i))) != type) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -52,5 +85,14 @@ PYBIND11_MODULE(_C, m) {
         "Bytes of freed memory that the CPU kernels keep for their next results, at most.");
   m.def("set_kept_memory_limit", &fastres::cpu::set_kept_memory_limit, pybind11::arg("bytes"),
         "Set that limit, free what is above it, and return the limit before.");
+  m.def("conv_chain_stays", &fastres::cpu::conv_chain_stays, pybind11::arg("chain"),
+        "Whether the tensors that a chain of fastres::keep_conv_chain watches lie as they did.");
+  m.def("drop_conv_chain", &fastres::cpu::drop_conv_chain, pybind11::arg("chain"),
+        "Forget a chain of fastres::keep_conv_chain's.");
+  m.def("same_values", &same_values, pybind11::arg("dicts"), pybind11::arg("values"),
+        "Whether the values of the dicts, one dict after the other, are these very objects.");
+  m.def("all_empty", &all_empty, pybind11::arg("dicts"), "Whether none of the dicts has an item.");
+  m.def("same_types", &same_types, pybind11::arg("objects"), pybind11::arg("types"),
+        "Whether the objects' types are these.");
   m.def("build_info", &build_info, "Compiler and torch version of this build.");
 }

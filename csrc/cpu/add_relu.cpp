@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "team.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
@@ -10,7 +11,7 @@ namespace {
 template <typename F>
 void for_blocks(int64_t numel, const F& on_elements) {
   constexpr int64_t block = 16384;
-  torch::stable::parallel_for(0, (numel + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (numel + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     on_elements(begin * block, std::min(end * block, numel));
   });
 }

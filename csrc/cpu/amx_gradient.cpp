@@ -1,6 +1,5 @@
 #include "amx_gradient.h"
 
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,12 +8,12 @@
 
 #include "conv_blocks.h"
 #include "memory.h"
+#include "team.h"
 #include "winograd.h"
 
 namespace fastres::cpu {
 namespace {
 
-using torch::stable::parallel_for;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -202,7 +201,7 @@ bool run_amx_gradient(AmxGradientArgs args, const ConvShape& shape, DType dtype,
   set_sizes(args.conv, s);
   const int parts = amx_parts(dtype == DType::bfloat16);
   const auto kernel = table.amx_gradient[static_cast<int>(dtype)];
-  const Plan plan = make_plan(s, parts, torch::stable::get_num_threads());
+  const Plan plan = make_plan(s, parts, thread_count());
   const int64_t left_panels = ceil_div(s.ci, kAmxPanel), right_panels = ceil_div(s.co, kAmxPanel);
   const int64_t most_left = ceil_div(left_panels, plan.left_blocks);
   const int64_t most_right = ceil_div(right_panels, plan.right_blocks);

@@ -1,5 +1,7 @@
 #include "backward_sweep.h"
 
+#include "team.h"
+
 #include <algorithm>
 #include <bit>
 #include <memory>
@@ -17,7 +19,7 @@ RowSums backward_sweep(const ChannelRows& rows, BnAddReluBackwardFn kernel,
   const int64_t chunks = std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(1, most)));
   const int64_t chunk_sums = sums * rows.period;
   const auto partial = std::make_unique_for_overwrite<double[]>(chunks * chunk_sums);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const auto workspace = std::make_unique_for_overwrite<char[]>(chunk_sums * rows.scalar_bytes());
     BnAddReluBackwardArgs chunk_args = args;
     chunk_args.workspace = workspace.get();

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "team.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
@@ -57,7 +58,7 @@ struct ChannelRows {
   template <typename F>
   void parallel_for(const F& on_elements) const {
     const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, period));
-    torch::stable::parallel_for(0, tiled_rows, grain, [&](int64_t begin, int64_t end) {
+    cpu::parallel_for(0, tiled_rows, grain, [&](int64_t begin, int64_t end) {
       on_elements(element(begin), element(end));
     });
   }

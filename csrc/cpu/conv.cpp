@@ -10,13 +10,13 @@
 #include "conv_unit.h"
 #include "memory.h"
 #include "ops.h"
+#include "team.h"
 #include "tensor_checks.h"
 #include "winograd.h"
 #include "winograd_stem.h"
 
 namespace fastres::cpu {
 
-using torch::stable::parallel_for;
 
 void pack_panels(const ConvWeight& w, ConvPackFn kernel, float* packed) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * w.ci * w.kh * w.kw));
@@ -237,7 +237,7 @@ std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool sta
   args.window = dtype != DType::float32 || args.in_mean != nullptr || s.padding[0] != 0 ||
                 s.padding[1] != 0 || (s.kw != 1 && args.input_stride_w != s.ci);
 
-  const Plan plan = make_plan(s, table, torch::stable::get_num_threads());
+  const Plan plan = make_plan(s, table, thread_count());
   const int64_t images = ceil_div(s.n, plan.image_blocks);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
   const int64_t columns = ceil_div(s.ow, plan.column_blocks);
@@ -506,9 +506,9 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
   const auto vector = [&](const char* name, const auto& t) {
     return check_channel_vector(kConvBnRelu, name, t, s.co, type_);
   };
-  BatchNorm bn(vector("running_mean", running_mean), vector("running_var", running_var),
-               vector("bn_weight", bn_weight), vector("bn_bias", bn_bias), eps);
-  const std::vector<double> bias_values = channel_values(vector("bias", bias), s.co, 0.0);
+  const Tensor mean = vector("running_mean", running_mean), var = vector("running_var", running_var);
+  const OptionalTensor gamma = vector("bn_weight", bn_weight), beta = vector("bn_bias", bn_bias);
+  const OptionalTensor conv_bias = vector("bias", bias);
   if (packed.has_value()) {
     check_cpu(kConvBnRelu, "packed", *packed);
     if (packed->dim() != 1 || packed->scalar_type() != ScalarType::Float ||
@@ -520,23 +520,33 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
   const Choice choice = choose_algorithm(s, dtype_, form_of(s, packed, dtype_));
   algorithm_ = choice.algorithm;
   reason_ = choice.reason;
-  for (int64_t c = 0; c < s.co; ++c) bn.mean[c] -= bias_values[c];
   if (algorithm_ == Algorithm::aten) {
+    BatchNorm bn(mean, var, gamma, beta, eps);
+    const std::vector<double> bias_values = channel_values(conv_bias, s.co, 0.0);
+    for (int64_t c = 0; c < s.co; ++c) bn.mean[c] -= bias_values[c];
     mean_ = std::move(bn.mean);
     scale_ = std::move(bn.scale);
     bias_ = std::move(bn.bias);
   } else {
-    for (int64_t c = 0; c < s.co; ++c) bn.bias[c] -= bn.mean[c] * bn.scale[c];
-    folded_scale_ = padded_vector(bn.scale);
-    folded_shift_ = padded_vector(bn.bias);
+    const auto floats = [](const OptionalTensor& t) {
+      return t.has_value() ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+    };
+    folded_ = scratch_floats(2 * s.panels() * kConvPanel);
+    const ConvNorm norm{.bias = floats(conv_bias),
+                        .mean = floats(mean),
+                        .var = floats(var),
+                        .bn_weight = floats(gamma),
+                        .bn_bias = floats(beta),
+                        .eps = eps};
+    kernels().conv_fold(norm, s.co, folded_.floats(), folded_.floats() + s.panels() * kConvPanel);
   }
 }
 
 void ConvUnit::set_epilogue(ConvArgs& args, const Tensor& y) const {
   args.output = y.mutable_data_ptr();
   args.stream = streams(y);
-  args.scale = folded_scale_.floats();
-  args.shift = folded_shift_.floats();
+  args.scale = folded_.floats();
+  args.shift = folded_.floats() + shape_.panels() * kConvPanel;
   args.relu = relu_;
 }
 

@@ -1,6 +1,5 @@
 #include "conv_amx.h"
 
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
@@ -8,6 +7,7 @@
 #include "conv_blocks.h"
 #include "conv_pool.h"
 #include "memory.h"
+#include "team.h"
 
 namespace fastres::cpu {
 namespace {
@@ -96,7 +96,8 @@ Plan make_plan(const ConvShape& s, int parts, int64_t threads) {
   const int64_t pairs = ceil_div(s.panels(), 2);
   const int64_t most_images = amx_takes_rows(s.ci, s.kw) ? 1 : std::min<int64_t>(units, 512);
   for (int64_t groups = 1; groups <= std::min(threads, pairs); ++groups) {
-    for (int64_t images = 1; images <= most_images; images *= 2) {
+    for (int64_t images = 1, next; images <= most_images; images = next) {
+      next = images < most_images ? std::min(2 * images, most_images) : most_images + 1;
       const auto fits = [&](const Plan& plan) {
         const int64_t rows = ceil_div(s.oh, plan.row_blocks);
         return AmxWindow(args, images_of_block(s, plan), rows, parts).floats() <= kWindowFloats;
@@ -153,7 +154,7 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
   }
   set_sizes(conv, s);
   const int parts = parts_of(dtype);
-  const Plan plan = make_plan(s, parts, torch::stable::get_num_threads());
+  const Plan plan = make_plan(s, parts, thread_count());
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
   const AmxWindow window(conv, images, rows, parts);

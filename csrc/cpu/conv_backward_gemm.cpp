@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "team.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
@@ -99,7 +100,7 @@ void ConvBackwardGemm::run() const {
   const int64_t rows = g.n * g.oh * g.ow;
   const int64_t weights = g.co * g.kh * g.kw * g.ci;
   const int64_t row_floats = g.co + g.ci + g.kh * g.kw * g.ci;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = thread_count();
   // A block fills half of a large second-level cache, and is tall enough for its products.
   constexpr int64_t block_floats = 256 * 1024;
   // Each part has a gradient of the weight of its own: not for few rows, nor in too much memory.
@@ -116,7 +117,7 @@ void ConvBackwardGemm::run() const {
 
   const auto spare_dweight = floats(dweight != nullptr ? (parts - 1) * weights : 0);
   std::vector<double> sums(in_sums != nullptr ? parts * 2 * in_period : 0);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       run_part(std::min(part * part_rows, rows), std::min((part + 1) * part_rows, rows), block_rows,
                part == 0 ? dweight : spare_dweight.get() + (part - 1) * weights,
@@ -125,7 +126,7 @@ void ConvBackwardGemm::run() const {
   });
 
   if (dweight != nullptr && parts > 1) {
-    torch::stable::parallel_for(0, weights, 16384, [&](int64_t begin, int64_t end) {
+    parallel_for(0, weights, 16384, [&](int64_t begin, int64_t end) {
       for (int64_t part = 1; part < parts; ++part) {
         const float* values = spare_dweight.get() + (part - 1) * weights;
         for (int64_t i = begin; i < end; ++i) dweight[i] += values[i];

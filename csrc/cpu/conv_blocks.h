@@ -1,7 +1,6 @@
 // How a convolution's work is cut among threads, and how their sums are joined.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "conv_shape.h"
+#include "team.h"
 
 namespace fastres::cpu {
 
@@ -53,10 +53,10 @@ std::optional<std::vector<double>> run_blocks(int64_t groups, int64_t blocks, in
   // the same part of every layer's pixels, which its cache may hold; with its own blocks done it
   // takes the next of a thread that something else holds up.
   const int64_t tasks = groups * blocks;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t threads = std::min<int64_t>(thread_count(), tasks);
   std::vector<std::atomic<int64_t>> next(threads);
   for (int64_t t = 0; t < threads; ++t) next[t] = cut(tasks, t, threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     auto memory = scratch();
     for (int64_t i = 0; i < threads; ++i) {
       const int64_t t = (first + i) % threads, end = cut(tasks, t + 1, threads);

@@ -4,6 +4,7 @@
 
 #include "conv_unit.h"
 #include "max_pool2d.h"
+#include "team.h"
 
 namespace fastres::cpu {
 namespace {
@@ -87,14 +88,24 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
   }
   std::vector<OptionalTensor> results(units + 1);
   results[0] = input;
-  for (int64_t i = 0; i < units; ++i) {
-    const Unit& u = unit[i];
-    const Tensor& source = *results[u.source];
-    const OptionalTensor residual = u.residual < 0 ? OptionalTensor() : results[u.residual];
-    results[i + 1] = pools[i].has_value() ? prepared[i].run(source, residual, *pools[i])
-                                          : prepared[i].run(source, residual);
-    if (last_use[u.source] == i) results[u.source].reset();
-    if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
+  const auto compute = [&] {
+    for (int64_t i = 0; i < units; ++i) {
+      const Unit& u = unit[i];
+      const Tensor& source = *results[u.source];
+      const OptionalTensor residual = u.residual < 0 ? OptionalTensor() : results[u.residual];
+      results[i + 1] = pools[i].has_value() ? prepared[i].run(source, residual, *pools[i])
+                                            : prepared[i].run(source, residual);
+      if (last_use[u.source] == i) results[u.source].reset();
+      if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
+    }
+  };
+  // In a team torch's own convolutions would have one thread.
+  const bool ours = std::all_of(prepared.begin(), prepared.end(),
+                                [](const ConvUnit& u) { return u.algorithm() != Algorithm::aten; });
+  if (ours) {
+    with_team(compute);
+  } else {
+    compute();
   }
   return *results[units];
 }

@@ -35,6 +35,15 @@ struct ConvArgs {
   bool relu;
 };
 
+// A convolution's bias and the BatchNorm after it, a number a channel; null for 0 (weight: for 1).
+struct ConvNorm {
+  const float *bias, *mean, *var, *bn_weight, *bn_bias;
+  double eps;
+};
+
+// ConvArgs's scale and shift, which are padded to whole panels with zeros. In double inside.
+using ConvFoldFn = void (*)(const ConvNorm&, int64_t channels, float* scale, float* shift);
+
 // What one call computes: output pixels [n0, n1) x [h0, h1) x [w0, w1), where n1 - n0 is 1 unless
 // the other two are whole images, and panels [panel0, panel1) of output channels.
 struct ConvBlock {

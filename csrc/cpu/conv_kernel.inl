@@ -3,6 +3,31 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
+inline void conv_fold(const ConvNorm& norm, int64_t channels, float* scale, float* shift) {
+  for (int64_t first = 0; first < channels; first += kConvPanel) {
+    const int64_t count = min<int64_t>(channels - first, kConvPanel);
+    const auto read = [&](const float* from, double missing, double* to) FASTRES_LAMBDA_INLINE {
+      for (int i = 0; i < kConvPanel; ++i) to[i] = missing;
+      for (int i = 0; from != nullptr && i < count; ++i) to[i] = from[first + i];
+    };
+    double bias[kConvPanel], mean[kConvPanel], var[kConvPanel], weight[kConvPanel];
+    double sum[kConvPanel];
+    read(norm.bias, 0.0, bias);
+    read(norm.mean, 0.0, mean);
+    read(norm.var, 0.0, var);
+    read(norm.bn_weight, 1.0, weight);
+    read(norm.bn_bias, 0.0, sum);
+    for (int i = 0; i < kConvPanel; ++i) {
+      weight[i] *= 1.0 / __builtin_sqrt(var[i] + norm.eps);
+      sum[i] += (bias[i] - mean[i]) * weight[i];
+    }
+    for (int i = 0; i < kConvPanel; ++i) {
+      scale[first + i] = i < count ? static_cast<float>(weight[i]) : 0.0f;
+      shift[first + i] = i < count ? static_cast<float>(sum[i]) : 0.0f;
+    }
+  }
+}
+
 #if defined(__AVX512F__)
 inline constexpr int kConvRows = 12;
 #elif defined(__AVX2__)

@@ -1,6 +1,5 @@
 #include "conv_log.h"
 
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "team.h"
 #include "winograd.h"
 
 namespace fastres::cpu {
@@ -39,7 +39,7 @@ void log_convolution(const char* op, const ConvShape& s, DType dtype, const char
        << s.padding;
   if (s.dilation[0] != 1 || s.dilation[1] != 1) line << " dilation " << s.dilation;
   if (s.groups != 1) line << " groups " << s.groups;
-  line << ", " << torch::stable::get_num_threads() << " threads -> " << algorithm << ": " << reason;
+  line << ", " << thread_count() << " threads -> " << algorithm << ": " << reason;
   if (!winograd_allowed()) line << " (allow_winograd is False)";
   line << '\n';
 

@@ -2,7 +2,6 @@
 // computed: the convolution's result is never in memory as a whole.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +9,7 @@
 #include "conv_blocks.h"
 #include "kernel_table.h"
 #include "memory.h"
+#include "team.h"
 
 namespace fastres::cpu {
 
@@ -41,7 +41,7 @@ template <typename MakeMemory, typename Convolve>
 bool run_pooled(const ConvShape& s, const PoolGeometry& pool, DType dtype, const PoolBand& band,
                 void* output, bool stream, const MakeMemory& memory, const Convolve& convolve) {
   // Parts of an image have rows at their seams that both compute.
-  const int64_t threads = torch::stable::get_num_threads(), row_bytes = band.row_bytes();
+  const int64_t threads = thread_count(), row_bytes = band.row_bytes();
   int64_t parts = 1;  // of each image
   while (parts < pool.oh && s.n * parts % threads != 0) ++parts;
   const auto take_maxima = kernels().max_pool2d[static_cast<int>(dtype)][false];

@@ -26,6 +26,7 @@ class ConvUnit {
            const OptionalTensor& packed);
 
   std::array<int64_t, 4> output() const { return shape_.output(); }
+  Algorithm algorithm() const { return algorithm_; }
 
   Tensor run(const Tensor& input, const OptionalTensor& residual) const;
   // And a max-pool of it.
@@ -44,7 +45,7 @@ class ConvUnit {
   const char* reason_;  // of the algorithm
   // relu?((z - mean) * scale + bias) after torch's convolution, or scale and shift in ours.
   std::vector<double> mean_, scale_, bias_;
-  Scratch folded_scale_, folded_shift_;
+  Scratch folded_;
 };
 
 }  // namespace fastres::cpu

@@ -127,6 +127,7 @@ struct KernelTable {
   int conv_rows, conv_columns;      // of the register tile: output pixels, output channels
   ConvBlockFn conv_block[kDTypes];  // none for float64
   ConvPackFn conv_pack;
+  ConvFoldFn conv_fold;
   // [stride - 1][tiles of 4 or of 2 pixels]; none for float64
   WinogradBlockFn winograd_block[2][2][kDTypes];
   ConvPackFn winograd_pack[2][2];

@@ -62,6 +62,7 @@ constexpr KernelTable make_table() {
   t.conv_block[static_cast<int>(DType::bfloat16)] = conv_block<bfloat16>;
   t.conv_block[static_cast<int>(DType::float16)] = conv_block<float16>;
   t.conv_pack = conv_pack;
+  t.conv_fold = conv_fold;
   auto set_winograd = [&]<int O>(int index) {
     auto set_blocks = [&]<int S, typename Form>(WinogradBlockFn* blocks) {
       blocks[static_cast<int>(DType::float32)] = winograd_block<float, O, S, Form>;

@@ -5,6 +5,7 @@
 #include "channel_rows.h"
 #include "conv_shape.h"
 #include "ops.h"
+#include "team.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
@@ -95,7 +96,7 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
   };
   const auto kernel = kernels().max_pool2d[static_cast<int>(dtype)][bn.has_value()];
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (g.kh * g.ow * g.c));
-  torch::stable::parallel_for(0, g.n * g.oh, grain,
+  parallel_for(0, g.n * g.oh, grain,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;
 }
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
         (args.taps_rows * g.ow * args.taps_pitch + 2 * g.c) * rows.scalar_bytes();
     const int64_t block_elements = ceil_div(g.ih, blocks) * row_elements;
     const int64_t grain = std::max<int64_t>(1, kGrainElements / block_elements);
-    torch::stable::parallel_for(0, g.n * blocks, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, g.n * blocks, grain, [&](int64_t begin, int64_t end) {
       const Scratch workspace(workspace_bytes);
       MaxPoolBackwardArgs block_args = args;
       block_args.workspace = workspace.floats();

@@ -1,6 +1,5 @@
 #include "winograd.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,12 +9,12 @@
 #include "conv_algorithm.h"
 #include "conv_blocks.h"
 #include "memory.h"
+#include "team.h"
 #include "winograd_kernel.h"
 
 namespace fastres::cpu {
 namespace {
 
-using torch::stable::parallel_for;
 
 std::atomic<bool> allowed{true};
 
@@ -164,7 +163,7 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   const KernelTable& table = kernels();
   set_sizes(args, s);
   const bool amx = on_amx(s, tile);
-  const Plan plan = make_plan(s, tile, table, torch::stable::get_num_threads());
+  const Plan plan = make_plan(s, tile, table, thread_count());
   const int64_t tiles = tile_count(s, tile), positions = position_count(s, tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
   const WinogradAmxPatches amx_patches(block_tiles, s.ci);
@@ -228,7 +227,7 @@ bool run_winograd_gradient(ConvArgs args, const void* gradient, const ConvShape&
   };
   // Where channels are few, threads share the tiles of a block and their sums are added up.
   const int64_t parts =
-      std::min(tiles, std::max<int64_t>(1, ceil_div(torch::stable::get_num_threads(), blocks)));
+      std::min(tiles, std::max<int64_t>(1, ceil_div(thread_count(), blocks)));
   const Scratch parts_sums = scratch_floats(parts > 1 ? blocks * parts * kWinogradSumFloats : 0);
   const auto accumulate = table.winograd_gradient[static_cast<int>(dtype)];
   std::atomic<bool> finite = true;

@@ -1,6 +1,5 @@
 #include "winograd_stem.h"
 
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
@@ -8,6 +7,7 @@
 #include "conv_blocks.h"
 #include "conv_pool.h"
 #include "memory.h"
+#include "team.h"
 #include "winograd_stem_kernel.h"
 
 namespace fastres::cpu {
@@ -72,7 +72,7 @@ double winograd_stem_cost(const ConvShape& s, bool packing) {
 std::optional<std::vector<double>> run_winograd_stem(ConvArgs args, const ConvShape& s, DType dtype,
                                                      bool statistics) {
   set_sizes(args, s);
-  const Plan plan = make_plan(s, torch::stable::get_num_threads());
+  const Plan plan = make_plan(s, thread_count());
   const int64_t across = tiles_across(s);
   const StemLayout largest(ceil_div(s.oh, plan.row_blocks), ceil_div(across, plan.column_blocks),
                            s.kh, s.stride[0], s.ci);

@@ -102,6 +102,11 @@ class PackedWeights:
         """What is kept of conv's weight, for ``holds``."""
         return self._entries.get(conv)
 
+    @property
+    def entries(self) -> dict[nn.Module, _Entry]:
+        """All that is kept, by convolution."""
+        return self._entries
+
     def holds(self, conv: Any, entry: _Entry) -> bool:
         """Whether nothing was dropped since then, and the weight is what it was."""
         return self._entries.get(conv) is entry and entry.key == _key(conv, entry.weight)

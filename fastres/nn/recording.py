@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain as concatenated
-from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .. import ops
 from ..backends import cpu
+from ..ops.kept_chain import KeptChain, all_empty, same_types, same_values
 from .chain import Chain
-from .packed import PackedWeights
 from .precision import autocast_dtype
 
 # Input sizes that are remembered; a model that sees more records anew.
@@ -42,31 +39,28 @@ class Source:
                 module._backward_hooks,
                 module._backward_pre_hooks,
             )
-        self._values = self._now()
+        self._values = [value for values in self._dicts for value in values.values()]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether all that is as it was. What tensors hold is not looked at."""
-        if model._modules is not self._children or any(self._hooks):
-            return False
-        now = self._now()
         return (
-            len(now) == len(self._values)
-            and all(map(is_, now, self._values))
-            and all(map(is_, map(type, self._modules), self._kinds))
+            model._modules is self._children
+            and all_empty(self._hooks)
+            and same_values(self._dicts, self._values)
+            and same_types(self._modules, self._kinds)
         )
-
-    def _now(self) -> list[Any]:
-        return list(concatenated.from_iterable(map(dict.values, self._dicts)))
 
 
 class _Recorded(NamedTuple):
-    """What ``ops.conv_chain`` is given besides the input."""
+    """A chain, and where the packed weights that it takes are kept, with all that is kept there."""
 
-    tensors: list[Tensor]
-    program: list[int]
-    eps: list[float]
-    packed: list[tuple[PackedWeights, Any]]  # with the convolutions whose weights they are
-    entries: list[Any]  # of each of these, as it was
+    chain: KeptChain
+    packed: list[dict[Any, Any]]
+    entries: list[Any]
+
+    def holds(self) -> bool:
+        """Whether nothing was dropped since then, and the weights are what they were."""
+        return same_values(self.packed, self.entries) and self.chain.stays()
 
 
 class Recordings:
@@ -81,31 +75,42 @@ class Recordings:
         if kept is None:
             return None
         recorded = kept[1].get(_key(x))
-        if recorded is None or not kept[0].holds(model):
+        if recorded is None or not kept[0].holds(model) or not recorded.holds():
             return None
-        for (packed, conv), entry in zip(recorded.packed, recorded.entries, strict=True):
-            if not packed.holds(conv, entry):
-                return None
         dtype = autocast_dtype(x)
-        return ops.conv_chain(
-            x if dtype is None else x.to(dtype), recorded.tensors, recorded.program, recorded.eps
-        )
+        return recorded.chain.compute(x if dtype is None else x.to(dtype))
 
     def keep(self, model: nn.Module, called: Iterable[nn.Module], x: Tensor, chain: Chain) -> None:
         """Keep what was recorded from these modules for x, if that can be compared later."""
-        entries = [packed.entry(conv) for packed, conv in chain.packed]
-        if chain.converted or None in entries:
+        recorded = _recorded(chain)
+        if recorded is None:
             return
         kept = self._kept
         if kept is None or not kept[0].holds(model) or len(kept[1]) >= _MOST:
             kept = self._kept = (Source(model, called), {})
-        kept[1][_key(x)] = _Recorded(chain.tensors, chain.program, chain.eps, chain.packed, entries)
+        kept[1][_key(x)] = recorded
 
     def clear(self) -> None:
         self._kept = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Recordings, ()
+
+
+def _recorded(chain: Chain) -> _Recorded | None:
+    if chain.converted:
+        return None
+    found = [(packed, conv, packed.entry(conv)) for packed, conv in chain.packed]
+    entries = [entry for _, _, entry in found if entry is not None]
+    if len(entries) < len(found):
+        return None
+    watched = [entry.weight for entry in entries]
+    kept = KeptChain(chain.tensors, chain.program, chain.eps, watched)
+    # Another thread may have written to a weight by now.
+    if not all(packed.holds(conv, entry) for packed, conv, entry in found):
+        return None
+    dicts = list({id(packed): packed.entries for packed, _ in chain.packed}.values())
+    return _Recorded(kept, dicts, [entry for entries in dicts for entry in entries.values()])
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
