@@ -7,7 +7,9 @@
 #include "conv_amx.h"
 #include "conv_blocks.h"
 #include "conv_log.h"
+#include "conv_pool.h"
 #include "conv_unit.h"
+#include "max_pool2d.h"
 #include "memory.h"
 #include "ops.h"
 #include "team.h"
@@ -276,32 +278,26 @@ std::vector<double> run_packed(ConvArgs args, ConvShape s, DType dtype, bool sta
                      scratch, run);
 }
 
-// `input` itself where pixels hold their channels next to each other, as slices of channels_last
-// images do.
-Tensor with_dense_channels(const Tensor& input) {
-  if (input.size(1) == 1 || input.stride(1) == 1) return input;
-  return as_channels_last(input);
-}
-
-// What both ops give to the algorithms over packed weights. Keeps alive what args points to.
+// What both ops give to the algorithms over packed weights. Keeps alive the weights that args
+// points to.
 struct PackedConv {
-  Tensor input, weight;
+  Tensor weight;
   Algorithm algorithm;
   Scratch packed;
   ConvArgs args{};
 
-  PackedConv(const Tensor& input_, const Tensor& weight_, const OptionalTensor& given,
+  PackedConv(const Pixels& input, const Tensor& weight_, const OptionalTensor& given,
              const ConvShape& s, DType dtype, Algorithm algorithm_)
-      : input(with_dense_channels(input_)), weight(weight_), algorithm(algorithm_) {
+      : weight(weight_), algorithm(algorithm_) {
     if (form_of(s, given, dtype) == algorithm) {
       args.weight = static_cast<const float*>(given->const_data_ptr());
     } else {
       pack_in(s, dtype, algorithm);
     }
-    args.input = input.const_data_ptr();
-    args.input_stride_n = input.stride(0);
-    args.input_stride_h = input.stride(2);
-    args.input_stride_w = input.stride(3);
+    args.input = input.data;
+    args.input_stride_n = input.stride_n;
+    args.input_stride_h = input.stride_h;
+    args.input_stride_w = input.stride_w;
   }
 
   // Returns (kConvSums, whole panels) of z where asked for.
@@ -500,15 +496,14 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
       dtype_(check_dtype(kConvBnRelu, "input", images)),
       type_(images.scalar_type()),
       weight_(weight),
+      running_mean_(running_mean),
+      running_var_(running_var),
+      bias_(bias),
+      bn_weight_(bn_weight),
+      bn_bias_(bn_bias),
       packed_(packed),
+      eps_(eps),
       relu_(relu) {
-  const ConvShape& s = shape_;
-  const auto vector = [&](const char* name, const auto& t) {
-    return check_channel_vector(kConvBnRelu, name, t, s.co, type_);
-  };
-  const Tensor mean = vector("running_mean", running_mean), var = vector("running_var", running_var);
-  const OptionalTensor gamma = vector("bn_weight", bn_weight), beta = vector("bn_bias", bn_bias);
-  const OptionalTensor conv_bias = vector("bias", bias);
   if (packed.has_value()) {
     check_cpu(kConvBnRelu, "packed", *packed);
     if (packed->dim() != 1 || packed->scalar_type() != ScalarType::Float ||
@@ -517,85 +512,122 @@ ConvUnit::ConvUnit(const Tensor& images, const std::array<int64_t, 4>& input, co
            dtype_string(packed->scalar_type()), " of shape ", shape_string(*packed));
     }
   }
-  const Choice choice = choose_algorithm(s, dtype_, form_of(s, packed, dtype_));
+  const Choice choice = choose_algorithm(shape_, dtype_, form_of(shape_, packed, dtype_));
   algorithm_ = choice.algorithm;
   reason_ = choice.reason;
-  if (algorithm_ == Algorithm::aten) {
-    BatchNorm bn(mean, var, gamma, beta, eps);
-    const std::vector<double> bias_values = channel_values(conv_bias, s.co, 0.0);
-    for (int64_t c = 0; c < s.co; ++c) bn.mean[c] -= bias_values[c];
-    mean_ = std::move(bn.mean);
-    scale_ = std::move(bn.scale);
-    bias_ = std::move(bn.bias);
-  } else {
-    const auto floats = [](const OptionalTensor& t) {
-      return t.has_value() ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-    };
-    folded_ = scratch_floats(2 * s.panels() * kConvPanel);
-    const ConvNorm norm{.bias = floats(conv_bias),
-                        .mean = floats(mean),
-                        .var = floats(var),
-                        .bn_weight = floats(gamma),
-                        .bn_bias = floats(beta),
-                        .eps = eps};
-    kernels().conv_fold(norm, s.co, folded_.floats(), folded_.floats() + s.panels() * kConvPanel);
-  }
 }
 
-void ConvUnit::set_epilogue(ConvArgs& args, const Tensor& y) const {
-  args.output = y.mutable_data_ptr();
-  args.stream = streams(y);
-  args.scale = folded_.floats();
-  args.shift = folded_.floats() + shape_.panels() * kConvPanel;
-  args.relu = relu_;
+// The vectors as they are now, checked.
+struct ConvUnit::Vectors {
+  Tensor mean, var;
+  OptionalTensor bias, bn_weight, bn_bias;
+
+  explicit Vectors(const ConvUnit& u)
+      : mean(u.vector("running_mean", u.running_mean_)),
+        var(u.vector("running_var", u.running_var_)),
+        bias(u.vector("bias", u.bias_)),
+        bn_weight(u.vector("bn_weight", u.bn_weight_)),
+        bn_bias(u.vector("bn_bias", u.bn_bias_)) {}
+};
+
+template <typename T>
+T ConvUnit::vector(const char* name, const T& t) const {
+  return check_channel_vector(kConvBnRelu, name, t, shape_.co, type_);
 }
 
-Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual) const {
+int64_t ConvUnit::folded_floats() const { return 2 * shape_.panels() * kConvPanel; }
+
+void ConvUnit::fold(float* folded) const {
+  const Vectors v(*this);
+  const auto floats = [](const OptionalTensor& t) {
+    return t.has_value() ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const ConvNorm norm{.bias = floats(v.bias),
+                      .mean = floats(v.mean),
+                      .var = floats(v.var),
+                      .bn_weight = floats(v.bn_weight),
+                      .bn_bias = floats(v.bn_bias),
+                      .eps = eps_};
+  kernels().conv_fold(norm, shape_.co, folded, folded + shape_.panels() * kConvPanel);
+}
+
+void ConvUnit::check_residual(const std::array<int64_t, 4>& residual) const {
   const std::array<int64_t, 4> sizes = output();
-  OptionalTensor residual_rows;
-  if (residual.has_value()) {
-    check_images(kConvBnRelu, "residual", *residual);
-    check_same_dtype(kConvBnRelu, "residual", *residual, "input", input);
-    if (!std::equal(sizes.begin(), sizes.end(), residual->sizes().begin())) {
-      fail(kConvBnRelu, "residual must be of shape ", shape_string(sizes), ", got ",
-           shape_string(*residual));
-    }
-    residual_rows = as_channels_last(*residual);
+  if (residual != sizes) {
+    fail(kConvBnRelu, "residual must be of shape ", shape_string(sizes), ", got ",
+         shape_string(residual));
   }
-  if (shape_.pixels() == 0) return empty_channels_last(sizes, type_);
+}
+
+void ConvUnit::run(const Pixels& input, const void* residual, const float* folded,
+                   const PoolGeometry* pool, void* output) const {
   log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
-  if (algorithm_ == Algorithm::aten) {
-    const Tensor z = aten_convolution(input, weight_, shape_);
-    apply_bn(z, residual_rows, z, dtype_, mean_, scale_, bias_, relu_);
-    return z;
-  }
-  Tensor y = empty_channels_last(sizes, type_);
   PackedConv conv(input, weight_, packed_, shape_, dtype_, algorithm_);
-  set_epilogue(conv.args, y);
-  conv.args.residual = residual_rows.has_value() ? residual_rows->const_data_ptr() : nullptr;
+  ConvArgs& args = conv.args;
+  args.scale = folded;
+  args.shift = folded + shape_.panels() * kConvPanel;
+  args.relu = relu_;
+  args.residual = residual;
+  args.output = output;
+  if (pool == nullptr) {
+    args.stream = streams(shape_.output(), type_);
+    conv.run(shape_, dtype_, false);
+    return;
+  }
+  const std::array<int64_t, 4> pooled = {pool->n, pool->c, pool->oh, pool->ow};
+  args.stream = streams(pooled, type_);
+  if (residual == nullptr) {
+    const bool amx = algorithm_ == Algorithm::amx;
+    const bool stem = is_winograd(algorithm_) && is_winograd_stem(shape_);
+    if (amx && amx_pools(shape_, *pool, dtype_) &&
+        run_amx_pool(args, shape_, *pool, dtype_)) {
+      return;
+    }
+    if (stem && winograd_stem_pools(shape_, *pool, dtype_) &&
+        run_winograd_stem_pool(args, shape_, *pool, dtype_)) {
+      return;
+    }
+  }
+  const int64_t rows = shape_.pixels() * shape_.co;
+  const Scratch whole(static_cast<size_t>(rows * element_bytes_of(dtype_)));
+  args.output = whole.floats();
+  args.stream = streams(shape_.output(), type_);
   conv.run(shape_, dtype_, false);
-  return y;
+  max_pool2d_of(*pool, dtype_, whole.floats(), output, streams(pooled, type_));
 }
 
 Tensor ConvUnit::run(const Tensor& input, const OptionalTensor& residual,
-                     const PoolGeometry& pool) const {
-  const bool amx = algorithm_ == Algorithm::amx;
-  const bool stem = is_winograd(algorithm_) && is_winograd_stem(shape_);
-  const bool along = shape_.pixels() > 0 && !residual.has_value() &&
-                     ((amx && amx_pools(shape_, pool, dtype_)) ||
-                      (stem && winograd_stem_pools(shape_, pool, dtype_)));
-  if (along) {
-    Tensor y = empty_channels_last({pool.n, pool.c, pool.oh, pool.ow}, type_);
-    PackedConv conv(input, weight_, packed_, shape_, dtype_, algorithm_);
-    set_epilogue(conv.args, y);
-    if (amx ? run_amx_pool(conv.args, shape_, pool, dtype_)
-            : run_winograd_stem_pool(conv.args, shape_, pool, dtype_)) {
-      log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
-      return y;
-    }
+                     const PoolGeometry* pool) const {
+  OptionalTensor rows;
+  if (residual.has_value()) {
+    check_images(kConvBnRelu, "residual", *residual);
+    check_same_dtype(kConvBnRelu, "residual", *residual, "input", input);
+    check_residual({residual->size(0), residual->size(1), residual->size(2), residual->size(3)});
+    rows = as_channels_last(*residual);
   }
-  return max_pool2d(run(input, residual), {pool.kh, pool.kw}, {pool.stride_h, pool.stride_w},
-                    {pool.pad_h, pool.pad_w}, {}, {}, {}, {}, 0.0);
+  std::array<int64_t, 4> sizes = output();
+  if (pool != nullptr) sizes = {pool->n, pool->c, pool->oh, pool->ow};
+  if (algorithm_ != Algorithm::aten) {
+    const Scratch folded = scratch_floats(folded_floats());
+    fold(folded.floats());
+    Tensor y = empty_channels_last(sizes, type_);
+    if (shape_.pixels() == 0) return y;
+    const Tensor dense = with_dense_channels(input);
+    run(pixels_of(dense), rows.has_value() ? rows->const_data_ptr() : nullptr, folded.floats(),
+        pool, y.mutable_data_ptr());
+    return y;
+  }
+  const Vectors v(*this);
+  if (shape_.pixels() == 0) return empty_channels_last(sizes, type_);
+  log_convolution(kConvBnRelu, shape_, dtype_, algorithm_name(algorithm_), reason_);
+  BatchNorm bn(v.mean, v.var, v.bn_weight, v.bn_bias, eps_);
+  const std::vector<double> bias = channel_values(v.bias, shape_.co, 0.0);
+  for (int64_t c = 0; c < shape_.co; ++c) bn.mean[c] -= bias[c];
+  const Tensor z = aten_convolution(input, weight_, shape_);
+  apply_bn(z, rows, z, dtype_, bn.mean, bn.scale, bn.bias, relu_);
+  if (pool == nullptr) return z;
+  return max_pool2d(z, {pool->kh, pool->kw}, {pool->stride_h, pool->stride_w},
+                    {pool->pad_h, pool->pad_w}, {}, {}, {}, {}, 0.0);
 }
 
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -608,7 +640,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
   const std::array<int64_t, 4> sizes = {input.size(0), input.size(1), input.size(2), input.size(3)};
   return ConvUnit(input, sizes, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps,
                   stride, padding, dilation, groups, relu, packed)
-      .run(input, residual);
+      .run(input, residual, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(
@@ -644,7 +676,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(
     sums = sums_of(z, dtype);
   } else {
     z = empty_channels_last(s.output(), type);
-    PackedConv conv(input, weight, std::nullopt, s, dtype, algorithm);
+    const Tensor dense = with_dense_channels(input);
+    PackedConv conv(pixels_of(dense), weight, std::nullopt, s, dtype, algorithm);
     Scratch mean_floats, scale_floats, bias_floats;
     if (prologue.has_value()) {
       mean_floats = padded_vector(prologue->mean);

@@ -1,16 +1,18 @@
-// Several conv_bn_relu in one call, without the way through the dispatcher and back for each.
-#include <algorithm>
-#include <optional>
+#include "conv_chain.h"
 
-#include "conv_unit.h"
+#include <algorithm>
+
+#include "conv_pool.h"
 #include "max_pool2d.h"
 #include "team.h"
 
 namespace fastres::cpu {
 namespace {
 
-// A unit's part of the program, field by field as in fastres/ops/conv_chain.py. Results are
-// numbered from 1; 0 is the input. Tensors are numbered from 0; -1 is none.
+constexpr const char* kOp = "conv_chain";
+
+// A unit's part of the program, field by field as in fastres/ops/conv_chain.py. Tensors are
+// numbered from 0; -1 is none.
 struct Unit {
   int64_t source, residual;
   int64_t weight, bias, running_mean, running_var, bn_weight, bn_bias, packed;
@@ -22,35 +24,35 @@ struct Unit {
 
 constexpr int64_t kFields = sizeof(Unit) / sizeof(int64_t);
 
+int64_t elements(const std::array<int64_t, 4>& sizes) {
+  return sizes[0] * sizes[1] * sizes[2] * sizes[3];
+}
+
 }  // namespace
 
-Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
-                  const std::vector<int64_t>& program, const std::vector<double>& eps) {
-  const char* op = "conv_chain";
+ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
+                     const std::vector<int64_t>& program, const std::vector<double>& eps) {
   const int64_t size = static_cast<int64_t>(program.size()), units = size / kFields;
   if (units == 0 || size % kFields != 0) {
-    fail(op, "program must have ", kFields, " integers for each of one or more units, got ", size);
+    fail(kOp, "program must have ", kFields, " integers for each of one or more units, got ", size);
   }
   if (static_cast<int64_t>(eps.size()) != units) {
-    fail(op, "eps must have one number for each of ", units, " units, got ", eps.size());
+    fail(kOp, "eps must have one number for each of ", units, " units, got ", eps.size());
   }
   const auto* unit = reinterpret_cast<const Unit*>(program.data());
-  // The unit after which a result is of no use any more.
-  std::vector<int64_t> last_use(units + 1, 0);
   for (int64_t i = 0; i < units; ++i) {
     const Unit& u = unit[i];
     const auto check_result = [&](const char* name, int64_t index, int64_t least) {
       if (index < least || index > i) {
-        fail(op, name, " of unit ", i, " must be in [", least, ", ", i, "], got ", index);
+        fail(kOp, name, " of unit ", i, " must be in [", least, ", ", i, "], got ", index);
       }
-      if (index >= 0) last_use[index] = i;
     };
     check_result("source", u.source, 0);
     check_result("residual", u.residual, -1);
     const auto check_tensor = [&](const char* name, int64_t index, int64_t least) {
       const int64_t count = static_cast<int64_t>(tensors.size());
       if (index < least || index >= count) {
-        fail(op, name, " of unit ", i, " must be in [", least, ", ", count, "), got ", index);
+        fail(kOp, name, " of unit ", i, " must be in [", least, ", ", count, "), got ", index);
       }
     };
     check_tensor("weight", u.weight, 0);
@@ -62,52 +64,138 @@ Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
     check_tensor("packed", u.packed, -1);
   }
 
-  check_images(op, "input", input);
-  std::vector<std::array<int64_t, 4>> sizes = {
-      {input.size(0), input.size(1), input.size(2), input.size(3)}};
-  std::vector<ConvUnit> prepared;
-  std::vector<std::optional<PoolGeometry>> pools(units);
+  check_images(kOp, "input", input);
+  dtype_ = check_dtype(kOp, "input", input);
+  type_ = input.scalar_type();
+  sizes_ = {{input.size(0), input.size(1), input.size(2), input.size(3)}};
   for (int64_t i = 0; i < units; ++i) {
     const Unit& u = unit[i];
     const auto given = [&](int64_t index) {
       return index < 0 ? OptionalTensor() : OptionalTensor(tensors[index]);
     };
-    prepared.emplace_back(
-        input, sizes[u.source], tensors[u.weight], given(u.bias), tensors[u.running_mean],
-        tensors[u.running_var], given(u.bn_weight), given(u.bn_bias), eps[i],
-        std::vector{u.stride_h, u.stride_w}, std::vector{u.padding_h, u.padding_w},
-        std::vector{u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(u.packed));
-    sizes.push_back(prepared.back().output());
+    ConvUnit conv(input, sizes_[u.source], tensors[u.weight], given(u.bias),
+                  tensors[u.running_mean], tensors[u.running_var], given(u.bn_weight),
+                  given(u.bn_bias), eps[i], {u.stride_h, u.stride_w}, {u.padding_h, u.padding_w},
+                  {u.dilation_h, u.dilation_w}, u.groups, u.relu != 0, given(u.packed));
+    if (u.residual >= 0) conv.check_residual(sizes_[u.residual]);
+    sizes_.push_back(conv.output());
+    std::optional<PoolGeometry> pool;
     if (u.pool_h != 0) {
-      const PoolGeometry pool =
-          check_pool(op, sizes.back(), {u.pool_h, u.pool_w}, {u.pool_stride_h, u.pool_stride_w},
-                     {u.pool_padding_h, u.pool_padding_w});
-      pools[i] = pool;
-      sizes.back() = {pool.n, pool.c, pool.oh, pool.ow};
+      pool = check_pool(kOp, sizes_.back(), {u.pool_h, u.pool_w}, {u.pool_stride_h, u.pool_stride_w},
+                        {u.pool_padding_h, u.pool_padding_w});
+      sizes_.back() = {pool->n, pool->c, pool->oh, pool->ow};
+    }
+    ours_ = ours_ && conv.algorithm() != Algorithm::aten;
+    folded_floats_ += conv.folded_floats();
+    steps_.push_back({std::move(conv), u.source, u.residual, pool});
+    for (const int64_t used : {u.source, u.residual}) {
+      if (used > 0) steps_[used - 1].last_use = i;
     }
   }
-  std::vector<OptionalTensor> results(units + 1);
-  results[0] = input;
-  const auto compute = [&] {
-    for (int64_t i = 0; i < units; ++i) {
-      const Unit& u = unit[i];
-      const Tensor& source = *results[u.source];
-      const OptionalTensor residual = u.residual < 0 ? OptionalTensor() : results[u.residual];
-      results[i + 1] = pools[i].has_value() ? prepared[i].run(source, residual, *pools[i])
-                                            : prepared[i].run(source, residual);
-      if (last_use[u.source] == i) results[u.source].reset();
-      if (u.residual >= 0 && last_use[u.residual] == i) results[u.residual].reset();
+  assign_memory();
+}
+
+// All results but the last, each in the smallest memory that is free and large enough, else in the
+// largest, enlarged.
+void ConvChain::assign_memory() {
+  std::vector<int64_t> free;
+  const int64_t units = static_cast<int64_t>(steps_.size());
+  for (int64_t i = 0; i + 1 < units; ++i) {
+    const int64_t wanted = elements(sizes_[i + 1]);
+    const auto better = [&](int64_t a, int64_t b) {
+      const int64_t of_a = memories_[a], of_b = memories_[b];
+      const bool a_fits = of_a >= wanted, b_fits = of_b >= wanted;
+      return a_fits != b_fits ? a_fits : a_fits ? of_a < of_b : of_a > of_b;
+    };
+    const auto best = std::min_element(free.begin(), free.end(), better);
+    if (best == free.end()) {
+      steps_[i].memory = static_cast<int64_t>(memories_.size());
+      memories_.push_back(wanted);
+    } else {
+      steps_[i].memory = *best;
+      memories_[*best] = std::max(memories_[*best], wanted);
+      free.erase(best);
     }
-  };
+    for (int64_t result = 0; result <= i; ++result) {
+      if (std::max(steps_[result].last_use, result) == i) free.push_back(steps_[result].memory);
+    }
+  }
+}
+
+Tensor ConvChain::run(const Tensor& input) const {
+  check_images(kOp, "input", input);
+  const Sizes& sizes = sizes_[0];
+  if (!std::equal(sizes.begin(), sizes.end(), input.sizes().begin()) ||
+      input.scalar_type() != type_) {
+    fail(kOp, "input must be of shape ", shape_string(sizes), " and ", dtype_string(type_),
+         ", got ", shape_string(input), " and ", dtype_string(input.scalar_type()));
+  }
   // In a team torch's own convolutions would have one thread.
-  const bool ours = std::all_of(prepared.begin(), prepared.end(),
-                                [](const ConvUnit& u) { return u.algorithm() != Algorithm::aten; });
-  if (ours) {
-    with_team(compute);
-  } else {
-    compute();
+  return ours_ ? run_ours(input) : run_any(input);
+}
+
+Tensor ConvChain::run_ours(const Tensor& input) const {
+  const Scratch folded = scratch_floats(folded_floats_);
+  float* to = folded.floats();
+  for (const Step& step : steps_) {
+    step.unit.fold(to);
+    to += step.unit.folded_floats();
   }
-  return *results[units];
+  Tensor y = empty_channels_last(sizes_.back(), type_);
+  if (sizes_[0][0] == 0) return y;
+  const Tensor dense = with_dense_channels(input);
+  std::vector<Scratch> memories;
+  for (const int64_t count : memories_) {
+    memories.emplace_back(static_cast<size_t>(count * element_bytes_of(dtype_)));
+  }
+  const Pixels first = pixels_of(dense);
+  void* const last = y.mutable_data_ptr();
+  // Of result 1 and so on, dense.
+  const auto data_of = [&](int64_t result) -> void* {
+    const int64_t memory = steps_[result - 1].memory;
+    return memory < 0 ? last : memories[memory].floats();
+  };
+  const auto pixels_of_result = [&](int64_t result) -> Pixels {
+    if (result == 0) return first;
+    const auto [n, c, h, w] = sizes_[result];
+    return {data_of(result), h * w * c, w * c, c};
+  };
+  Tensor dense_residual = dense;  // where the input is one
+  with_team([&] {
+    const float* vectors = folded.floats();
+    for (int64_t i = 0; i < static_cast<int64_t>(steps_.size()); ++i) {
+      const Step& step = steps_[i];
+      const void* residual = nullptr;
+      if (step.residual == 0) {
+        dense_residual = as_channels_last(dense);
+        residual = dense_residual.const_data_ptr();
+      } else if (step.residual > 0) {
+        residual = data_of(step.residual);
+      }
+      step.unit.run(pixels_of_result(step.source), residual, vectors, pool_of(step),
+                    data_of(i + 1));
+      vectors += step.unit.folded_floats();
+    }
+  });
+  return y;
+}
+
+Tensor ConvChain::run_any(const Tensor& input) const {
+  std::vector<OptionalTensor> results = {input};
+  for (int64_t i = 0; i < static_cast<int64_t>(steps_.size()); ++i) {
+    const Step& step = steps_[i];
+    const OptionalTensor residual = step.residual < 0 ? OptionalTensor() : results[step.residual];
+    results.push_back(step.unit.run(*results[step.source], residual, pool_of(step)));
+    for (const int64_t used : {step.source, step.residual}) {
+      if (used > 0 && steps_[used - 1].last_use == i) results[used].reset();
+    }
+  }
+  return *results.back();
+}
+
+Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
+                  const std::vector<int64_t>& program, const std::vector<double>& eps) {
+  return ConvChain(input, tensors, program, eps).run(input);
 }
 
 }  // namespace fastres::cpu

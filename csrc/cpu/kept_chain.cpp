@@ -9,17 +9,13 @@
 #include <utility>
 #include <vector>
 
-#include "ops.h"
-#include "tensor_checks.h"
+#include "conv_chain.h"
 
 namespace fastres::cpu {
 namespace {
 
-// conv_chain's arguments but for the input, kept for many calls.
 struct KeptChain {
-  std::vector<Tensor> tensors;
-  std::vector<int64_t> program;
-  std::vector<double> eps;
+  ConvChain chain;
   // Where tensors of the caller's are, and how they lie there.
   struct Place {
     Tensor tensor;
@@ -69,19 +65,20 @@ KeptChains& kept_chains() {
   return *chains;
 }
 
-int64_t keep_conv_chain(const std::vector<Tensor>& tensors, const std::vector<int64_t>& program,
-                        const std::vector<double>& eps, const std::vector<Tensor>& watched) {
+int64_t keep_conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
+                        const std::vector<int64_t>& program, const std::vector<double>& eps,
+                        const std::vector<Tensor>& watched) {
   std::vector<KeptChain::Place> places;
   for (const Tensor& t : watched) {
     places.push_back({t, t.const_data_ptr(), ints(t.sizes()), ints(t.strides())});
   }
-  return kept_chains().add({tensors, program, eps, std::move(places)});
+  return kept_chains().add({ConvChain(input, tensors, program, eps), std::move(places)});
 }
 
 Tensor kept_conv_chain(const Tensor& input, int64_t chain) {
   const auto kept = kept_chains().get(chain);
   if (kept == nullptr) fail("kept_conv_chain", "chain must be one that is kept, got ", chain);
-  return conv_chain(input, kept->tensors, kept->program, kept->eps);
+  return kept->chain.run(input);
 }
 
 }  // namespace
@@ -105,7 +102,9 @@ void drop_conv_chain(int64_t chain) { kept_chains().drop(chain); }
 
 // Not in register.cpp: these are for eager mode, where no graph and no other device sees them.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
-  m.def("keep_conv_chain(Tensor[] tensors, int[] program, float[] eps, Tensor[] watched) -> int");
+  m.def(
+      "keep_conv_chain(Tensor input, Tensor[] tensors, int[] program, float[] eps, "
+      "Tensor[] watched) -> int");
   m.def("kept_conv_chain(Tensor input, int chain) -> Tensor");
 }
 

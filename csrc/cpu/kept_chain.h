@@ -1,6 +1,6 @@
 // Chains that are kept, for models whose every call is the same chain: handing over hundreds of
 // tensors and numbers takes longer than some convolutions. keep_conv_chain takes conv_chain's
-// arguments but for the input and returns a number, kept_conv_chain an input and that number.
+// arguments and returns a number, kept_conv_chain another input of the kind and that number.
 #pragma once
 
 #include <cstdint>

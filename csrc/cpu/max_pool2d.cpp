@@ -70,6 +70,14 @@ struct PrologueVectors {
   }
 };
 
+void run_pool(const MaxPoolArgs& args, DType dtype, bool prologue) {
+  const PoolGeometry& g = args.geometry;
+  const auto kernel = kernels().max_pool2d[static_cast<int>(dtype)][prologue];
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (g.kh * g.ow * g.c));
+  parallel_for(0, g.n * g.oh, grain,
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 }  // namespace
 
 Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
@@ -94,11 +102,18 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
       .bias = prologue.bias.data(),
       .stream = streams(y),
   };
-  const auto kernel = kernels().max_pool2d[static_cast<int>(dtype)][bn.has_value()];
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / (g.kh * g.ow * g.c));
-  parallel_for(0, g.n * g.oh, grain,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_pool(args, dtype, bn.has_value());
   return y;
+}
+
+void max_pool2d_of(const PoolGeometry& g, DType dtype, const void* input, void* output,
+                   bool stream) {
+  MaxPoolArgs args{};
+  args.geometry = g;
+  args.input = input;
+  args.output = output;
+  args.stream = stream;
+  run_pool(args, dtype, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(

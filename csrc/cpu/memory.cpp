@@ -286,11 +286,16 @@ Tensor empty_floats(int64_t count) {
 }
 
 bool streams(const Tensor& output) {
+  return streams({output.size(0), output.size(1), output.size(2), output.size(3)},
+                 output.scalar_type());
+}
+
+bool streams(const std::array<int64_t, 4>& output, ScalarType type) {
   // A smaller one may still be in a second level cache when it is read.
   constexpr int64_t fewest_bytes = 2 << 20, channels = kLine / sizeof(float);
-  return output.scalar_type() == ScalarType::Float && output.size(1) % channels == 0 &&
-         output.numel() * static_cast<int64_t>(sizeof(float)) >= fewest_bytes &&
-         gives_memory_away();
+  const auto [n, c, h, w] = output;
+  return type == ScalarType::Float && c % channels == 0 &&
+         n * c * h * w * static_cast<int64_t>(sizeof(float)) >= fewest_bytes && gives_memory_away();
 }
 
 }  // namespace fastres::cpu

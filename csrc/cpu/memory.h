@@ -53,5 +53,6 @@ torch::stable::Tensor empty_floats(int64_t count);
 // Whether kernels should write this result past the caches: a large one of float32, whose channels
 // fill cache lines, in kept memory. (Fresh pages take such writes 1.6 times more slowly.)
 bool streams(const torch::stable::Tensor& output);
+bool streams(const std::array<int64_t, 4>& output, torch::headeronly::ScalarType type);
 
 }  // namespace fastres::cpu

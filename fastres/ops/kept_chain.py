@@ -18,20 +18,23 @@ __all__ = ["KeptChain", "all_empty", "same_types", "same_values"]
 
 
 class KeptChain:
-    """What ``conv_chain`` is given besides the input, for CPU tensors and no gradients.
+    """``conv_chain`` for inputs of the sizes and dtype of one, on the CPU and without gradients.
 
     Copies and pickles of it there are none: make another.
     """
 
     def __init__(
         self,
+        input: Tensor,
         tensors: list[Tensor],
         program: list[int],
         eps: list[float],
         watched: list[Tensor],
     ) -> None:
         """``watched``: tensors of which `stays` tells."""
-        self._chain: int = torch.ops.fastres.keep_conv_chain(tensors, program, eps, watched)
+        self._chain: int = torch.ops.fastres.keep_conv_chain(
+            input, tensors, program, eps, watched
+        )
         self._watched = watched
         self._versions = [tensor._version for tensor in watched]
         weakref.finalize(self, _C.drop_conv_chain, self._chain).atexit = False
