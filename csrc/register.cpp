@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "float in_eps) -> "
       "(Tensor dinput, Tensor din_mean, Tensor din_var, Tensor din_weight, Tensor din_bias)");
 
+  m.def("avg_pool_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+
   m.def(
       "pack_conv_weight(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
       "int[] input_size) -> Tensor");
@@ -65,6 +67,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 
   m.impl("max_pool2d", TORCH_BOX(&cpu::max_pool2d));
   m.impl("max_pool2d_backward", TORCH_BOX(&cpu::max_pool2d_backward));
+
+  m.impl("avg_pool_linear", TORCH_BOX(&cpu::avg_pool_linear));
 
   m.impl("pack_conv_weight", TORCH_BOX(&cpu::pack_conv_weight));
   m.impl("conv_bn_relu", TORCH_BOX(&cpu::conv_bn_relu));

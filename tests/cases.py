@@ -191,3 +191,38 @@ POOLS = (
     Pool("1x1", 2, 65, 6, 6, (1, 1), (2, 1), (0, 0)),
     Pool("empty-batch", 0, 16, 8, 8),
 )
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier's head: (n, c, height, width) -> (n, outputs)."""
+
+    name: str
+    n: int
+    c: int
+    height: int
+    width: int
+    outputs: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.height, self.width
+
+    def __str__(self) -> str:
+        return self.name
+
+
+HEADS = (
+    Head("imagenet-basic", 1, 512, 7, 7, 1000),
+    Head("imagenet-bottleneck", 5, 2048, 7, 7, 1000),
+    Head("cifar", 33, 512, 4, 4, 10),
+    Head("one-value", 1, 1, 1, 1, 1),
+    Head("one-pixel", 3, 20, 1, 1, 5),
+    Head("odd", 7, 67, 5, 3, 13),
+    Head("half-a-vector", 4, 8, 2, 9, 6),
+    Head("63-channels", 2, 63, 9, 8, 3),
+    Head("one-over-a-block", 2, 513, 3, 3, 7),
+    Head("three-blocks", 6, 1030, 2, 2, 21),
+    Head("two-blocks-of-pixels", 2, 40, 23, 29, 4),
+    Head("empty-batch", 0, 16, 8, 8, 10),
+)

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from cases import ODD_ACTIVATIONS, ODD_CONVS, POOLS, RESNET_CONVS, Activation, Conv, Pool
+from cases import (
+    HEADS,
+    ODD_ACTIVATIONS,
+    ODD_CONVS,
+    POOLS,
+    RESNET_CONVS,
+    Activation,
+    Conv,
+    Head,
+    Pool,
+)
 from fastres import _C, ops
 from fastres.ops import reference
 from tolerances import assert_within_twice
@@ -299,6 +309,29 @@ def test_max_pool2d_is_as_exact_as_torch(
         assert_within_twice(*results, name, computed_in=dtype)
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head", [head for head in HEADS if head.n], ids=str)
+def test_avg_pool_linear_is_as_exact_as_torch(
+    head: Head, dtype: torch.dtype, with_bias: bool
+) -> None:
+    """Values and every gradient."""
+    weight = torch.randn(head.outputs, head.c) / head.c**0.5
+    given = (F.relu(activation(*head.shape)), weight, torch.randn(head.outputs))
+    lowered = [t.to(dtype) for t in given[: 2 + with_bias]]
+    upstream = [torch.randn(head.n, head.outputs).to(dtype)]
+
+    def by_torch(x, weight, bias=None):
+        return F.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1), weight, bias)
+
+    ours = run_with_gradients(ops.avg_pool_linear, lowered, upstream)
+    theirs = run_with_gradients(by_torch, lowered, upstream)
+    truth = run_with_gradients(by_torch, [t.double() for t in lowered], upstream)
+    names = ("y", "dx", "dweight", "dbias")
+    for name, *results in zip(names[: len(ours)], ours, theirs, truth, strict=True):
+        assert_within_twice(*results, name)
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The same values in other strides, some of them inside a larger tensor."""
     n, c, h, w = x.shape
@@ -376,6 +409,7 @@ def opcheck_arguments(dtype: torch.dtype) -> dict[str, tuple]:
     plain = [t.detach() for t in (z, r, x, w)]
     fixed4, fixed5 = [t.detach() for t in v4], [t.detach() for t in v5]
     none3 = (None, None, None)
+    head = [t.detach().to(dtype).requires_grad_() for t in (leaf(3, 5), leaf(3))]
     return {
         "add_relu": (z, r),
         "add_relu_backward": (plain[0], plain[1]),
@@ -385,6 +419,7 @@ def opcheck_arguments(dtype: torch.dtype) -> dict[str, tuple]:
         ),
         "max_pool2d": (z, *window, *v4[:4], EPS),
         "max_pool2d_backward": (pooled, plain[0], *window, *fixed4[:4], EPS),
+        "avg_pool_linear": (x, *head),
         "pack_conv_weight": (w, *geometry, []),
         "conv_bn_relu": (x, w, None, *fixed4[:2], *v4[2:4], EPS, r, *geometry, True, None),
         "conv_stats": (x, w, *v5, EPS, *geometry),
@@ -417,6 +452,13 @@ def test_max_pool2d_alone_and_without_affine_passes_opcheck() -> None:
     op, window = torch.ops.fastres.max_pool2d.default, ([3, 2], [2, 1], [1, 0])
     torch.library.opcheck(op, (z, *window, None, None, None, None, 0.0))
     torch.library.opcheck(op, (z, *window, *v, None, None, EPS))
+
+
+def test_avg_pool_linear_without_a_bias_and_of_nothing_passes_opcheck() -> None:
+    op = torch.ops.fastres.avg_pool_linear.default
+    x, weight, bias = double(2, 5, 3, 4), double(3, 5), double(3)
+    torch.library.opcheck(op, (x, weight, None))
+    torch.library.opcheck(op, (x.detach()[:0].requires_grad_(), weight, bias))
 
 
 def double(*shape: int) -> Tensor:
@@ -472,6 +514,12 @@ def test_max_pool2d_gradients_by_gradcheck() -> None:
         )
 
 
+def test_avg_pool_linear_gradients_by_gradcheck() -> None:
+    x, weight, bias = double(2, 4, 3, 5), double(6, 4), double(6)
+    assert torch.autograd.gradcheck(ops.avg_pool_linear, (x, weight, bias))
+    assert torch.autograd.gradcheck(ops.avg_pool_linear, (x, weight))
+
+
 def differentiable() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
     """For every op with a gradient: a call in float64, and its arguments that have one."""
     x, w, r = double(2, 2, 3, 2), double(3, 2, 3, 3), double(2, 3, 3, 2)
@@ -503,6 +551,8 @@ def differentiable() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...
             lambda x, *v: ops.max_pool2d(x, *window, *v, EPS),
             (apart, *bn),
         ),
+        "avg_pool_linear": (ops.avg_pool_linear, (x, double(4, 2), double(4))),
+        "avg_pool_linear without a bias": (ops.avg_pool_linear, (x, double(4, 2))),
     }
 
 
@@ -584,6 +634,11 @@ def bad_calls() -> dict[str, tuple]:
     def pool(z=z, window=window, *prologue):
         return ops.max_pool2d(z, *window, *prologue)
 
+    head_weight, head_bias = torch.randn(3, 6), torch.randn(3)
+
+    def head(z=z, weight=head_weight, bias=head_bias):
+        return ops.avg_pool_linear(z, weight, bias)
+
     return {
         "rank of input": ("input", lambda: fused(x[0])),
         "dtype of input": ("input", lambda: fused(x.int(), w.int())),
@@ -624,6 +679,14 @@ def bad_calls() -> dict[str, tuple]:
         "pool negative padding": ("padding", lambda: pool(z, ([3, 3], [2, 2], [-1, 1]))),
         "pool in_mean alone": ("in_var", lambda: pool(z, window, v6[0])),
         "pool length of in_var": ("in_var", lambda: pool(z, window, v6[0], v4[1])),
+        "head rank": ("input", lambda: head(z[0])),
+        "head dtype": ("input", lambda: head(z.int())),
+        "head weight of other channels": ("weight", lambda: head(weight=head_weight[:, :5])),
+        "head rank of weight": ("weight", lambda: head(weight=head_weight[0])),
+        "head dtype of weight": ("weight", lambda: head(z.half())),
+        "head length of bias": ("bias", lambda: head(bias=head_bias[:1])),
+        "head dtype of bias": ("bias", lambda: head(bias=head_bias.double())),
+        "head device of weight": ("weight", lambda: head(weight=head_weight.to("meta"))),
         "pack rank": ("weight", lambda: ops.pack_conv_weight(w[0], *g)),
     }
 
@@ -635,7 +698,7 @@ def test_a_bad_argument_is_named(name: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("name", [n for n in bad_calls() if n != "add_relu device"])
+@pytest.mark.parametrize("name", [n for n in bad_calls() if "device" not in n])
 def test_a_bad_argument_is_named_while_tracing(name: str) -> None:
     """The shape functions refuse what the kernels refuse."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "amx_gradient_kernel.h"
+#include "avg_pool_linear_kernel.h"
 #include "conv_amx_kernel.h"
 #include "conv_kernel.h"
 #include "max_pool2d_kernel.h"
@@ -121,6 +122,8 @@ struct KernelTable {
   BnStatsBackwardFn bn_stats_backward[kDTypes];
   MaxPoolFn max_pool2d[kDTypes][2];  // [dtype][with a prologue]
   MaxPoolBackwardFn max_pool2d_backward[kDTypes][2];
+  AvgPoolFn avg_pool[kDTypes];
+  LinearFn linear[kDTypes];
   ConvGatherFn conv_gather;
   ConvScatterAddFn conv_scatter_add;
 

@@ -6,6 +6,7 @@
 #include "vec.h"
 // After vec.h, on which they build.
 #include "add_relu_kernel.inl"
+#include "avg_pool_linear_kernel.inl"
 #include "bn_add_relu_kernel.inl"
 #include "conv_backward_kernel.inl"
 #include "conv_kernel.inl"
@@ -35,6 +36,8 @@ constexpr void set_entries(KernelTable& t, DType dtype) {
   t.max_pool2d[d][true] = max_pool2d<T, true>;
   t.max_pool2d_backward[d][false] = max_pool2d_backward<T, false>;
   t.max_pool2d_backward[d][true] = max_pool2d_backward<T, true>;
+  t.avg_pool[d] = avg_pool<T>;
+  t.linear[d] = linear<T>;
   auto set_residual = [&]<Residual R>() {
     const int r = static_cast<int>(R);
     t.bn_add_relu[d][r][false] = bn_add_relu<T, R, false>;

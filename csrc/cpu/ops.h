@@ -44,6 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d_backward(
     const OptionalTensor& in_mean, const OptionalTensor& in_var, const OptionalTensor& in_weight,
     const OptionalTensor& in_bias, double in_eps);
 
+Tensor avg_pool_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
 // Length of pack_conv_weight's result for a weight (co, ci, kh, kw) of the dtype of this name.
 FASTRES_EXPORTED int64_t packed_conv_weight_numel(
     const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,

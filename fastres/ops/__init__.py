@@ -8,6 +8,7 @@ import torch  # noqa: F401  (loads the libraries that the extension needs)
 
 from fastres import _C  # noqa: F401  (defines the schemas and the CPU kernels)
 from fastres.ops.add_relu import add_relu
+from fastres.ops.avg_pool_linear import avg_pool_linear
 from fastres.ops.bn_add_relu import bn_add_relu
 from fastres.ops.conv_bn_relu import (
     conv_bn_relu,
@@ -22,6 +23,7 @@ from fastres.ops.recomputed import bn_add_relu_recomputed, in_a_row
 
 __all__ = [
     "add_relu",
+    "avg_pool_linear",
     "bn_add_relu",
     "bn_add_relu_recomputed",
     "conv_bn_relu",

@@ -23,6 +23,7 @@ OPS = (
     "bn_add_relu_backward",
     "max_pool2d",
     "max_pool2d_backward",
+    "avg_pool_linear",
     "pack_conv_weight",
     "conv_bn_relu",
     "conv_chain",

@@ -24,6 +24,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Tensor | tuple[Tensor, ..
     ops = torch.ops.fastres
     return {
         ops.add_relu.default: reference.add_relu,
+        ops.avg_pool_linear.default: reference.avg_pool_linear,
         ops.bn_add_relu.default: reference.bn_add_relu,
         ops.conv_bn_relu.default: _conv_bn_relu,
         ops.conv_stats.default: reference.conv_stats,

@@ -196,6 +196,10 @@ def max_pool2d_backward(
     return _as_result(g, input), vectors[0], vectors[1], vectors[2], vectors[3]
 
 
+def avg_pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(torch.flatten(F.adaptive_avg_pool2d(input, 1), 1), weight, bias)
+
+
 def pack_conv_weight(
     weight: Tensor,
     stride: list[int],
