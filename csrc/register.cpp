@@ -42,7 +42,9 @@ STABLE_TORCH_LIBRARY(fastres, m) {
       "int[] stride, int[] padding, int[] dilation, int groups, bool relu, Tensor? packed) "
       "-> Tensor");
 
-  m.def("conv_chain(Tensor input, Tensor[] tensors, int[] program, float[] eps) -> Tensor");
+  m.def(
+      "conv_chain(Tensor input, Tensor[] tensors, int[] program, float[] eps, "
+      "Tensor? fc_weight=None, Tensor? fc_bias=None) -> Tensor");
 
   m.def(
       "conv_stats(Tensor input, Tensor weight, Tensor? in_mean, Tensor? in_var, "

@@ -1,8 +1,11 @@
+#include "avg_pool_linear.h"
+
 #include <algorithm>
 
 #include "channel_rows.h"
 #include "conv_shape.h"
-#include "ops.h"
+#include "memory.h"
+#include "team.h"
 #include "tensor_checks.h"
 
 namespace fastres::cpu {
@@ -13,65 +16,79 @@ template <typename F>
 void in_parallel(int64_t count, int64_t elements_of_each, const F& work) {
   constexpr int64_t fewest = 4 * kGrainElements;
   const int64_t grain = std::max<int64_t>(1, fewest / std::max<int64_t>(1, elements_of_each));
-  torch::stable::parallel_for(0, count, grain, work);
+  parallel_for(0, count, grain, work);
 }
 
-}  // namespace
+Tensor dense_of(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
-Tensor avg_pool_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const char* op = "avg_pool_linear";
-  const DType dtype = check_images(op, "input", input);
-  const int64_t channels = input.size(1);
+Tensor checked_weight(const char* op, const Tensor& like, int64_t channels, const Tensor& weight) {
   check_cpu(op, "weight", weight);
   if (weight.dim() != 2 || weight.size(1) != channels) {
     fail(op, "weight must be of shape (outputs, ", channels,
          "), one value a channel of input in each row, got ", shape_string(weight));
   }
-  check_same_dtype(op, "weight", weight, "input", input);
-  const int64_t outputs = weight.size(0);
-  if (bias.has_value()) {
-    check_cpu(op, "bias", *bias);
-    if (bias->dim() != 1 || bias->size(0) != outputs) {
-      fail(op, "bias must be of shape (", outputs, ",), one value a row of weight, got ",
-           shape_string(*bias));
-    }
-    check_same_dtype(op, "bias", *bias, "input", input);
+  check_same_dtype(op, "weight", weight, "input", like);
+  return dense_of(weight);
+}
+
+}  // namespace
+
+AvgPoolLinear::AvgPoolLinear(const char* op, const Tensor& like, int64_t channels,
+                             const Tensor& weight, const OptionalTensor& bias)
+    : dtype_(check_dtype(op, "input", like)),
+      channels_(channels),
+      outputs_(weight.dim() > 0 ? weight.size(0) : 0),
+      weight_(checked_weight(op, like, channels, weight)) {
+  if (!bias.has_value()) return;
+  check_cpu(op, "bias", *bias);
+  if (bias->dim() != 1 || bias->size(0) != outputs_) {
+    fail(op, "bias must be of shape (", outputs_, ",), one value a row of weight, got ",
+         shape_string(*bias));
   }
+  check_same_dtype(op, "bias", *bias, "input", like);
+  bias_ = dense_of(*bias);
+}
 
-  const int64_t images = input.size(0);
-  Tensor y = torch::stable::empty(std::array<int64_t, 2>{images, outputs}, input.scalar_type());
-  if (y.numel() == 0) return y;
-  const auto contiguous = [](const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  };
-  const Tensor pixels = as_channels_last(input);
-  const Tensor rows = contiguous(weight);
-  const OptionalTensor shift = bias.has_value() ? OptionalTensor(contiguous(*bias)) : std::nullopt;
-
-  const int64_t scalar_bytes = dtype == DType::float64 ? 8 : 4;
+void AvgPoolLinear::run(const void* input, int64_t images, int64_t pixels, void* output) const {
+  if (images == 0 || outputs_ == 0) return;
+  const int64_t scalar_bytes = dtype_ == DType::float64 ? 8 : 4;
   const int64_t lanes = kernels().vector_bytes / scalar_bytes;
-  const int64_t pitch = ceil_div(channels, lanes) * lanes;
+  const int64_t pitch = ceil_div(channels_, lanes) * lanes;
   const Scratch means = scratch_floats(images * pitch * (scalar_bytes / 4));
   const AvgPoolLinearArgs args{
-      .input = pixels.const_data_ptr(),
+      .input = input,
       .means = means.floats(),
-      .weight = rows.const_data_ptr(),
-      .bias = shift.has_value() ? shift->const_data_ptr() : nullptr,
-      .output = y.mutable_data_ptr(),
+      .weight = weight_.const_data_ptr(),
+      .bias = bias_.has_value() ? bias_->const_data_ptr() : nullptr,
+      .output = output,
       .images = images,
-      .pixels = input.size(2) * input.size(3),
-      .channels = channels,
-      .outputs = outputs,
+      .pixels = pixels,
+      .channels = channels_,
+      .outputs = outputs_,
       .pitch = pitch,
   };
-  const auto avg_pool = kernels().avg_pool[static_cast<int>(dtype)];
-  const auto linear = kernels().linear[static_cast<int>(dtype)];
-  in_parallel(images * ceil_div(channels, kAvgPoolChannels),
-              args.pixels * std::min(channels, kAvgPoolChannels),
+  const auto avg_pool = kernels().avg_pool[static_cast<int>(dtype_)];
+  const auto linear = kernels().linear[static_cast<int>(dtype_)];
+  in_parallel(images * ceil_div(channels_, kAvgPoolChannels),
+              pixels * std::min(channels_, kAvgPoolChannels),
               [&](int64_t begin, int64_t end) { avg_pool(args, begin, end); });
-  in_parallel(ceil_div(outputs, kLinearRows) * ceil_div(images, kLinearImages),
-              kLinearRows * channels,
+  in_parallel(ceil_div(outputs_, kLinearRows) * ceil_div(images, kLinearImages),
+              kLinearRows * channels_,
               [&](int64_t begin, int64_t end) { linear(args, begin, end); });
+}
+
+Tensor avg_pool_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const char* op = "avg_pool_linear";
+  check_images(op, "input", input);
+  const AvgPoolLinear head(op, input, input.size(1), weight, bias);
+  const int64_t images = input.size(0);
+  Tensor y = torch::stable::empty(std::array<int64_t, 2>{images, head.outputs()},
+                                  input.scalar_type());
+  if (y.numel() == 0) return y;
+  const Tensor pixels = as_channels_last(input);
+  head.run(pixels.const_data_ptr(), images, input.size(2) * input.size(3), y.mutable_data_ptr());
   return y;
 }
 

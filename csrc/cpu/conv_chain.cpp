@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "avg_pool_linear.h"
 #include "conv_pool.h"
 #include "max_pool2d.h"
 #include "team.h"
@@ -31,7 +32,9 @@ int64_t elements(const std::array<int64_t, 4>& sizes) {
 }  // namespace
 
 ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
-                     const std::vector<int64_t>& program, const std::vector<double>& eps) {
+                     const std::vector<int64_t>& program, const std::vector<double>& eps,
+                     const OptionalTensor& fc_weight, const OptionalTensor& fc_bias)
+    : fc_weight_(fc_weight), fc_bias_(fc_bias) {
   const int64_t size = static_cast<int64_t>(program.size()), units = size / kFields;
   if (units == 0 || size % kFields != 0) {
     fail(kOp, "program must have ", kFields, " integers for each of one or more units, got ", size);
@@ -95,12 +98,12 @@ ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
   assign_memory();
 }
 
-// All results but the last, each in the smallest memory that is free and large enough, else in the
+// All results, but the last where it is what is returned, each in the smallest memory that is free and large enough, else in the
 // largest, enlarged.
 void ConvChain::assign_memory() {
   std::vector<int64_t> free;
   const int64_t units = static_cast<int64_t>(steps_.size());
-  for (int64_t i = 0; i + 1 < units; ++i) {
+  for (int64_t i = 0; i < (fc_weight_.has_value() ? units : units - 1); ++i) {
     const int64_t wanted = elements(sizes_[i + 1]);
     const auto better = [&](int64_t a, int64_t b) {
       const int64_t of_a = memories_[a], of_b = memories_[b];
@@ -141,8 +144,13 @@ Tensor ConvChain::run_ours(const Tensor& input) const {
     step.unit.fold(to);
     to += step.unit.folded_floats();
   }
-  Tensor y = empty_channels_last(sizes_.back(), type_);
-  if (sizes_[0][0] == 0) return y;
+  std::optional<AvgPoolLinear> head;
+  if (fc_weight_.has_value()) head.emplace(kOp, input, sizes_.back()[1], *fc_weight_, fc_bias_);
+  const int64_t images = sizes_[0][0];
+  Tensor y = head.has_value()
+                 ? torch::stable::empty(std::array<int64_t, 2>{images, head->outputs()}, type_)
+                 : empty_channels_last(sizes_.back(), type_);
+  if (images == 0) return y;
   const Tensor dense = with_dense_channels(input);
   std::vector<Scratch> memories;
   for (const int64_t count : memories_) {
@@ -176,6 +184,10 @@ Tensor ConvChain::run_ours(const Tensor& input) const {
                     data_of(i + 1));
       vectors += step.unit.folded_floats();
     }
+    if (head.has_value()) {
+      const int64_t result = static_cast<int64_t>(steps_.size());
+      head->run(data_of(result), images, sizes_.back()[2] * sizes_.back()[3], last);
+    }
   });
   return y;
 }
@@ -190,12 +202,14 @@ Tensor ConvChain::run_any(const Tensor& input) const {
       if (used > 0 && steps_[used - 1].last_use == i) results[used].reset();
     }
   }
-  return *results.back();
+  if (!fc_weight_.has_value()) return *results.back();
+  return avg_pool_linear(*results.back(), *fc_weight_, fc_bias_);
 }
 
 Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
-                  const std::vector<int64_t>& program, const std::vector<double>& eps) {
-  return ConvChain(input, tensors, program, eps).run(input);
+                  const std::vector<int64_t>& program, const std::vector<double>& eps,
+                  const OptionalTensor& fc_weight, const OptionalTensor& fc_bias) {
+  return ConvChain(input, tensors, program, eps, fc_weight, fc_bias).run(input);
 }
 
 }  // namespace fastres::cpu

@@ -10,12 +10,13 @@
 namespace fastres::cpu {
 
 // A chain for inputs of some sizes, dtype and device, checked but for the vectors, which are read
-// anew by every run. Several threads may run it at once.
+// anew by every run, and so is the linear layer. Several threads may run it at once.
 class ConvChain {
  public:
   // Arguments as the op has them.
   ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
-            const std::vector<int64_t>& program, const std::vector<double>& eps);
+            const std::vector<int64_t>& program, const std::vector<double>& eps,
+            const OptionalTensor& fc_weight, const OptionalTensor& fc_bias);
 
   // Fails where the input is not as the one before.
   Tensor run(const Tensor& input) const;
@@ -44,6 +45,7 @@ class ConvChain {
   std::vector<Sizes> sizes_;  // of the results
   std::vector<Step> steps_;
   std::vector<int64_t> memories_;  // their elements
+  OptionalTensor fc_weight_, fc_bias_;
   int64_t folded_floats_ = 0;
   bool ours_ = true;
 };

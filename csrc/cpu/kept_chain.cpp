@@ -67,12 +67,14 @@ KeptChains& kept_chains() {
 
 int64_t keep_conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
                         const std::vector<int64_t>& program, const std::vector<double>& eps,
+                        const OptionalTensor& fc_weight, const OptionalTensor& fc_bias,
                         const std::vector<Tensor>& watched) {
   std::vector<KeptChain::Place> places;
   for (const Tensor& t : watched) {
     places.push_back({t, t.const_data_ptr(), ints(t.sizes()), ints(t.strides())});
   }
-  return kept_chains().add({ConvChain(input, tensors, program, eps), std::move(places)});
+  ConvChain chain(input, tensors, program, eps, fc_weight, fc_bias);
+  return kept_chains().add({std::move(chain), std::move(places)});
 }
 
 Tensor kept_conv_chain(const Tensor& input, int64_t chain) {
@@ -104,7 +106,7 @@ void drop_conv_chain(int64_t chain) { kept_chains().drop(chain); }
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "keep_conv_chain(Tensor input, Tensor[] tensors, int[] program, float[] eps, "
-      "Tensor[] watched) -> int");
+      "Tensor? fc_weight, Tensor? fc_bias, Tensor[] watched) -> int");
   m.def("kept_conv_chain(Tensor input, int chain) -> Tensor");
 }
 

@@ -73,7 +73,8 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const OptionalTen
                     int64_t groups, bool relu, const OptionalTensor& packed);
 
 Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,
-                  const std::vector<int64_t>& program, const std::vector<double>& eps);
+                  const std::vector<int64_t>& program, const std::vector<double>& eps,
+                  const OptionalTensor& fc_weight, const OptionalTensor& fc_bias);
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(
     const Tensor& input, const Tensor& weight, const OptionalTensor& in_mean,

@@ -27,6 +27,7 @@ from ..nn.conv_bn import (
     kept_anyway,
     project,
 )
+from ..nn.head import head, is_head
 from ..nn.max_pool import max_pool, pool_geometry, pools_later
 from ..nn.recording import Recordings
 from ..nn.units import FusedUnits, waits
@@ -204,35 +205,42 @@ class FusedResNet(FusedUnits, ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             x = x.contiguous(memory_format=torch.channels_last)
+            return self.fc(torch.flatten(self.avgpool(self._stages(self._stem(x))), 1))
         else:
             x = channels_last(x)
-        return self.fc(torch.flatten(self.avgpool(self._features(x)), 1))
+            if chains(x) and not is_watched():
+                y = self._recordings.compute(self, x)
+                if y is None:
+                    return self._record(x)
+                return self._head(y) if y.dim() == 4 else y
+            else:
+                return self._head(self._stages(self._stem(x)))
 
-    def _features(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stages(self._stem(x))
-        elif chains(x) and not is_watched():
-            y = self._recordings.compute(self, x)
-            return self._record(x) if y is None else y
+    def _head(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.fc(torch.flatten(self.avgpool(x), 1))
         else:
-            return self._stages(self._stem(x))
+            return head(self.avgpool, self.fc, x)
 
     def _record(self, x: Tensor) -> Tensor:
-        """The features of an x whose units may wait: those that can are computed in one call."""
+        """The result of an x whose units may wait: those that can are computed in one call."""
         stem: Any = self._stem
         stages: Any = self._stages
         if not self._chains():
-            return stages(stem(x))
+            return self._head(stages(stem(x)))
         if not self._stem_chains():
             x = stem(x)
-            return stages(Chain(x).start()).compute() if chains(x) else stages(x)
+            return self._head(stages(Chain(x).start()).compute() if chains(x) else stages(x))
         chain = Chain(x)
-        y = stages(stem(chain.start())).compute()
         parts = (self.conv1, self.bn1, self.relu, self.maxpool)
         parts += (self.layer1, self.layer2, self.layer3, self.layer4)
+        ends = not self.training and is_head(self.avgpool, self.fc, x)
+        if ends:
+            parts += (self.avgpool, self.fc)
+        y = stages(stem(chain.start())).compute(self.fc if ends else None)
         called = (module for part in parts for module in part.modules())
         self._recordings.keep(self, called, x, chain)
-        return y
+        return y if ends else self._head(y)
 
     def start_packing(self) -> None:
         super().start_packing()

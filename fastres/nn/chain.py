@@ -77,10 +77,12 @@ class Deferred:
         )
         return Deferred(self.chain, self.index, (n, height, width))
 
-    def compute(self) -> Tensor:
-        """The result; it must be that of the last unit."""
+    def compute(self, fc: Any = None) -> Tensor:
+        """The result, which must be that of the last unit, or fc of its mean over the pixels."""
         chain = self.chain
-        return ops.conv_chain(chain.input, chain.tensors, chain.program, chain.eps)
+        if fc is not None:
+            chain.fc = (fc._parameters["weight"], fc._parameters["bias"])
+        return ops.conv_chain(chain.input, chain.tensors, chain.program, chain.eps, *chain.fc)
 
 
 class Chain:
@@ -93,6 +95,7 @@ class Chain:
         self.tensors: list[Tensor] = []
         self.program: list[int] = []
         self.eps: list[float] = []
+        self.fc: tuple[Tensor | None, Tensor | None] = (None, None)
         # Where each unit's weights are kept, and whether any vector is a copy.
         self.packed: list[tuple[PackedWeights, Any]] = []
         self.converted = False

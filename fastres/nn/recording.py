@@ -105,7 +105,7 @@ def _recorded(chain: Chain) -> _Recorded | None:
     if len(entries) < len(found):
         return None
     watched = [entry.weight for entry in entries]
-    kept = KeptChain(chain.input, chain.tensors, chain.program, chain.eps, watched)
+    kept = KeptChain(chain.input, chain.tensors, chain.program, chain.eps, *chain.fc, watched)
     # Another thread may have written to a weight by now.
     if not all(packed.holds(conv, entry) for packed, conv, entry in found):
         return None

@@ -32,9 +32,10 @@ def avg_pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return result
 
 
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    op = "avg_pool_linear"
-    check_activation(op, "input", input)
+def avg_pool_linear_output(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Check the arguments; return an empty result."""
     check(
         weight.dim() == 2 and weight.shape[1] == input.shape[1],
         op,
@@ -49,6 +50,12 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
         check_placed_like(op, "bias", bias, "input", input)
     return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    op = "avg_pool_linear"
+    check_activation(op, "input", input)
+    return avg_pool_linear_output(op, input, weight, bias)
 
 
 register_op("avg_pool_linear", _fake)

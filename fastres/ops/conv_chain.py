@@ -16,16 +16,23 @@ from torch import Tensor
 
 from fastres.ops._register import register_op
 from fastres.ops._shapes import check, check_activation, conv_output_shape, new_activation
+from fastres.ops.avg_pool_linear import avg_pool_linear_output
 from fastres.ops.max_pool2d import pool_output_shape
 from fastres.ops.reference import CHAIN_FIELDS, chain_units
 
 
 def conv_chain(
-    input: Tensor, tensors: list[Tensor], program: list[int], eps: list[float]
+    input: Tensor,
+    tensors: list[Tensor],
+    program: list[int],
+    eps: list[float],
+    fc_weight: Tensor | None = None,
+    fc_bias: Tensor | None = None,
 ) -> Tensor:
     """Return the last of several units' results, each `conv_bn_relu` of results before it.
 
-    A unit's result is what a max-pool makes of it where it has one.
+    A unit's result is what a max-pool makes of it where it has one. With `fc_weight` what is
+    returned is `avg_pool_linear` of the last one.
 
     It has no gradient: `conv_bn_relu` has.
 
@@ -39,18 +46,29 @@ def conv_chain(
             dilation, two integers each, groups, and whether to apply ReLU; then the max-pool's
             kernel size, stride and padding as in `max_pool2d`, or zeros.
         eps: each unit's.
+        fc_weight: (O, C_out), of `input`'s dtype, or None.
+        fc_bias: (O,), of `input`'s dtype, or None.
 
     Returns:
-        (N, C_out, H_out, W_out), channels_last, of `input`'s dtype.
+        (N, C_out, H_out, W_out), channels_last, or with `fc_weight` (N, O), of `input`'s dtype.
 
     Raises:
         RuntimeError: where the program does not fit the tensors, or a tensor its unit.
     """
-    result: Tensor = torch.ops.fastres.conv_chain(input, tensors, program, eps)
+    result: Tensor = torch.ops.fastres.conv_chain(
+        input, tensors, program, eps, fc_weight, fc_bias
+    )
     return result
 
 
-def _fake(input: Tensor, tensors: list[Tensor], program: list[int], eps: list[float]) -> Tensor:
+def _fake(
+    input: Tensor,
+    tensors: list[Tensor],
+    program: list[int],
+    eps: list[float],
+    fc_weight: Tensor | None = None,
+    fc_bias: Tensor | None = None,
+) -> Tensor:
     op = "conv_chain"
     check_activation(op, "input", input)
     units = len(program) // CHAIN_FIELDS
@@ -75,7 +93,9 @@ def _fake(input: Tensor, tensors: list[Tensor], program: list[int], eps: list[fl
         if unit.pool is not None:
             result = new_activation(input, pool_output_shape(op, result, *unit.pool))
         results.append(result)
-    return results[-1]
+    if fc_weight is None:
+        return results[-1]
+    return avg_pool_linear_output(op, results[-1], fc_weight, fc_bias)
 
 
 def _backward(ctx: Any, dy: Tensor) -> None:

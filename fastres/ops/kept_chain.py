@@ -29,11 +29,13 @@ class KeptChain:
         tensors: list[Tensor],
         program: list[int],
         eps: list[float],
+        fc_weight: Tensor | None,
+        fc_bias: Tensor | None,
         watched: list[Tensor],
     ) -> None:
         """``watched``: tensors of which `stays` tells."""
         self._chain: int = torch.ops.fastres.keep_conv_chain(
-            input, tensors, program, eps, watched
+            input, tensors, program, eps, fc_weight, fc_bias, watched
         )
         self._watched = watched
         self._versions = [tensor._version for tensor in watched]

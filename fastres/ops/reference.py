@@ -279,7 +279,12 @@ def chain_units(program: list[int]) -> Iterator[ChainUnit]:
 
 
 def conv_chain(
-    input: Tensor, tensors: list[Tensor], program: list[int], eps: list[float]
+    input: Tensor,
+    tensors: list[Tensor],
+    program: list[int],
+    eps: list[float],
+    fc_weight: Tensor | None = None,
+    fc_bias: Tensor | None = None,
 ) -> Tensor:
     results = [input]
     for unit, unit_eps in zip(chain_units(program), eps, strict=True):
@@ -295,7 +300,9 @@ def conv_chain(
         if unit.pool is not None:
             result = F.max_pool2d(result, *unit.pool)
         results.append(result)
-    return results[-1]
+    if fc_weight is None:
+        return results[-1]
+    return avg_pool_linear(results[-1], fc_weight, fc_bias)
 
 
 def conv_stats(
