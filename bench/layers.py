@@ -26,6 +26,7 @@ KINDS = {
     "max_pool2d_with_indices": "pool",
     "adaptive_avg_pool2d": "pool",
     "mean": "pool",
+    "avg_pool_linear": "pool + fc",
     "linear": "fc",
     "addmm": "fc",
     "mm": "fc backward",
@@ -116,7 +117,9 @@ def classify(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: A
     if name not in KINDS:
         return None
     flops = 0
-    if name in ("linear", "addmm", "mm"):
+    if name == "avg_pool_linear":
+        flops = 2 * outputs.numel() * given["weight"].shape[1]
+    elif name in ("linear", "addmm", "mm"):
         # addmm's `self` is the bias.
         left = given["mat1" if name == "addmm" else "input" if name == "linear" else "self"]
         flops = 2 * left.numel() * outputs.shape[-1]

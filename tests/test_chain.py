@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import weakref
+from collections import OrderedDict
 from unittest import mock
 
 import pytest
@@ -12,10 +14,11 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
-from fastres import ops
+from fastres import _C, ops
 from fastres.backends import cpu
 from fastres.models.resnet import FusedBasicBlock
 from fastres.ops import reference
+from fastres.ops.kept_chain import KeptChain, all_empty, same_types, same_values
 from running import in_threads
 
 EPS = [1e-5, 1e-3, 1e-5]
@@ -227,6 +230,166 @@ def test_a_pool_after_a_residual():
     assert torch.equal(ops.conv_chain(x, tensors, pooled, eps), expected)
 
 
+def head_of(channels: int = 24, outputs: int = 5, dtype: torch.dtype = torch.float32):
+    """A linear layer's weight and bias."""
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(outputs, channels, generator=random, dtype=torch.float64)
+    return weight.to(dtype), torch.arange(outputs).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_head_has_the_bits_of_its_own_op(dtype, has_bias):
+    arguments, (weight, bias) = three_units(dtype), head_of(dtype=dtype)
+    head = (weight, bias if has_bias else None)
+    y = ops.conv_chain(*arguments, *head)
+    assert torch.equal(y, ops.avg_pool_linear(ops.conv_chain(*arguments), *head))
+    # A transposed weight's rows are copied.
+    turned = (weight.t().contiguous().t(), head[1])
+    assert torch.equal(ops.conv_chain(*arguments, *turned), y)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_head_and_units_in_every_number_of_threads(threads):
+    x, *rest = three_units(channels=96)
+    x, head = x.repeat(3, 1, 1, 1), head_of(96, 1000)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        units = one_by_one(x, *rest)
+        logits = ops.avg_pool_linear(units, *head)
+        for _ in range(20):
+            assert torch.equal(ops.conv_chain(x, *rest), units)
+            assert torch.equal(ops.conv_chain(x, *rest, *head), logits)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_head_of_the_reference_and_of_no_images():
+    arguments, head = three_units(torch.float64), head_of(dtype=torch.float64)
+    y = ops.conv_chain(*arguments, *head)
+    torch.testing.assert_close(reference.conv_chain(*arguments, *head), y)
+    x, *rest = arguments
+    assert ops.conv_chain(x[:0], *rest, *head).shape == (0, 5)
+    checks = ("test_schema", "test_faketensor")
+    chain = torch.ops.fastres.conv_chain.default
+    torch.library.opcheck(chain, (*arguments, *head), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(5, 23), None, r"weight must be .*24.* got .*5, 23"),
+        (torch.ones(24), None, r"weight must be .*24.* got .*24"),
+        (torch.ones(5, 24).double(), None, r"weight must be .*float32.* got .*float64"),
+        (torch.ones(5, 24), torch.ones(4), r"bias must be .*5,.* got .*4,"),
+        (torch.ones(5, 24), torch.ones(5).half(), r"bias must be .*float32.* got .*float16"),
+    ],
+)
+def test_a_head_that_does_not_fit(weight, bias, message):
+    with pytest.raises(RuntimeError, match=rf"fastres::conv_chain: fc_{message}"):
+        ops.conv_chain(*three_units(), weight, bias)
+
+
+def test_memory_of_results_is_used_again_when_they_are_not_needed_any_more():
+    """Twelve units, of which each takes the last two results, and one the first."""
+    x, tensors, _, _ = three_units(channels=16)
+    vectors = tensors[1:5]
+    weights = [torch.randn(16, 16, 3, 3) / 12 for _ in range(12)]
+    program, eps = [], []
+    for i in range(12):
+        residual = 1 if i == 9 else max(i - 1, -1)
+        program += (i, residual, 4 + i, -1, 0, 1, 2, 3, -1, 1, 1, 1, 1, 1, 1, 1, 1, *NO_POOL)
+        eps.append(1e-5)
+    results = [x]
+    for i, weight in enumerate(weights):
+        residual = results[1] if i == 9 else results[i - 1] if i > 0 else None
+        mean, var, gamma, beta = vectors
+        y = ops.conv_bn_relu(
+            results[i], weight, None, mean, var, gamma, beta, 1e-5, residual,
+            [1, 1], [1, 1], [1, 1], 1, True, None,
+        )  # fmt: skip
+        results.append(y)
+    assert torch.equal(ops.conv_chain(x, [*vectors, *weights], program, eps), results[-1])
+
+
+def kept(arguments, watched=(), head=(None, None)) -> KeptChain:
+    with torch.no_grad():
+        return KeptChain(*arguments, *head, list(watched))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_kept_chain_reads_its_vectors_anew(dtype):
+    arguments, head = three_units(dtype), head_of(dtype=dtype)
+    x, tensors, program, eps = arguments
+    chain = kept(arguments, head=head)
+    for _ in range(2):
+        assert torch.equal(chain.compute(x), ops.conv_chain(*arguments, *head))
+        other = torch.randn_like(x)
+        expected = ops.conv_chain(other, tensors, program, eps, *head)
+        assert torch.equal(chain.compute(other), expected)
+        tensors[1] += 1
+        tensors[3].data = tensors[3].data * 2
+        head[0].mul_(3)
+        head[1].data = head[1] + 1
+    tensors[1].data = torch.zeros(3, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"running_mean must be of shape \(24,\).* got \(3,\)"):
+        chain.compute(x)
+
+
+def test_a_kept_chain_is_for_one_kind_of_input():
+    arguments = three_units()
+    x, chain = arguments[0], kept(arguments)
+    wanted = r"fastres::conv_chain: input must be of shape \(2, 16, 9, 9\) and float32, got"
+    for other, got in ((x[:1], r"\(1, 16, 9, 9\)"), (x.double(), r".* float64")):
+        with pytest.raises(RuntimeError, match=rf"{wanted} {got}"):
+            chain.compute(other)
+    wide = torch.randn(2, 9, 9, 32)[..., 3:19].permute(0, 3, 1, 2)
+    assert torch.equal(chain.compute(wide), ops.conv_chain(wide, *arguments[1:]))
+
+
+def test_what_a_kept_chain_watches():
+    arguments = three_units()
+    weight = arguments[1][5]
+    for change, stays in (
+        (lambda: arguments[1][1].add_(1), True),
+        (lambda: weight.mul_(2), False),
+        (lambda: setattr(weight, "data", weight.data.clone()), False),
+        (lambda: setattr(weight, "data", weight.data.transpose(2, 3)), False),
+        (lambda: setattr(weight, "data", weight.data[:, :8]), False),
+    ):
+        chain = kept(arguments, [weight])
+        assert chain.stays()
+        change()
+        assert chain.stays() == stays
+
+
+def test_a_kept_chain_goes_with_its_object():
+    arguments = three_units()
+    chain = kept(arguments)
+    number, weight = chain._chain, weakref.ref(arguments[1][0])
+    del chain
+    with pytest.raises(RuntimeError, match=f"chain must be one that is kept, got {number}"):
+        torch.ops.fastres.kept_conv_chain(arguments[0], number)
+    assert not _C.conv_chain_stays(number)
+    _C.drop_conv_chain(number)
+    arguments[1].clear()
+    assert weight() is None
+
+
+def test_comparing_objects():
+    one, two = object(), object()
+    assert same_values([{1: one}, {}, {2: two, 3: one}], [one, two, one])
+    assert not same_values([{1: one}, {2: two}], [one])
+    assert not same_values([{1: one}], [one, two])
+    assert not same_values([{1: [1]}], [[1]])
+    assert all_empty([{}, OrderedDict()])
+    assert not all_empty([{}, {1: one}])
+    assert same_types([1, "a"], [int, str])
+    assert not same_types([True], [int])
+    assert not same_types([1], [int, int])
+
+
 def fused(name: str = "resnet18", **arguments):
     torch.manual_seed(0)
     model = getattr(fastres, name)(fused=True, num_classes=10, **arguments).eval()
@@ -335,10 +498,33 @@ STEM_ATTACHMENTS = {
 }
 
 
-# What is attached, and how many units still wait.
-ALL_ATTACHMENTS = {name: (attach, 0) for name, attach in ATTACHMENTS.items()} | {
-    f"stem: {name}": (attach, 19) for name, attach in STEM_ATTACHMENTS.items()
+def with_other_head(model):
+    model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 10, bias=False)).eval()
+
+
+def with_max_at_the_end(model):
+    model.avgpool = nn.AdaptiveMaxPool2d(1)
+
+
+def with_parametrized_fc(model):
+    parametrizations.weight_norm(model.fc)
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+
+
+HEAD_ATTACHMENTS = {
+    "hook on the pool": with_hook(lambda model: model.avgpool),
+    "hook on the linear layer": with_hook(lambda model: model.fc),
+    "another linear layer": with_other_head,
+    "another pool": with_max_at_the_end,
+    "parametrization": with_parametrized_fc,
 }
+# What is attached, and how many units still wait.
+ALL_ATTACHMENTS = (
+    {name: (attach, 0) for name, attach in ATTACHMENTS.items()}
+    | {f"stem: {name}": (attach, 19) for name, attach in STEM_ATTACHMENTS.items()}
+    | {f"head: {name}": (attach, 20) for name, attach in HEAD_ATTACHMENTS.items()}
+)
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
@@ -526,6 +712,11 @@ CHANGES = {
     "another block": lambda model: model.layer1.append(copy.deepcopy(model.layer1[1])),
     "a projection less": lambda model: setattr(model.layer1[0], "downsample", nn.Sequential()),
     "another pool": lambda model: setattr(model.maxpool, "kernel_size", 2),
+    "linear layer in place": lambda model: model.fc.weight.mul_(2),
+    "a linear layer's data": lambda model: setattr(model.fc.bias, "data", model.fc.bias.data + 1),
+    "another linear layer": lambda model: setattr(model, "fc", nn.Linear(512, 7)),
+    "no bias": lambda model: setattr(model.fc, "bias", None),
+    "no linear layer": lambda model: setattr(model, "fc", nn.Identity()),
 }
 
 
@@ -539,7 +730,8 @@ def test_a_recorded_chain_sees_every_change(change):
         change(model)
     _, after = recordings(model, x)
     assert torch.equal(after, copy.deepcopy(model)(x))
-    assert not torch.allclose(after, before) or change is CHANGES["a projection less"]
+    same = after.shape == before.shape and torch.allclose(after, before)
+    assert not same or change is CHANGES["a projection less"]
     count, again = recordings(model, x)
     assert torch.equal(again, after)
 

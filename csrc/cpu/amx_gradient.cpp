@@ -1,6 +1,5 @@
 #include "amx_gradient.h"
 
-
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -13,7 +12,6 @@
 
 namespace fastres::cpu {
 namespace {
-
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

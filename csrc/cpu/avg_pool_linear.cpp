@@ -19,36 +19,40 @@ void in_parallel(int64_t count, int64_t elements_of_each, const F& work) {
   parallel_for(0, count, grain, work);
 }
 
-Tensor dense_of(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+Tensor dense_of(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor checked_weight(const char* op, const Tensor& like, int64_t channels, const Tensor& weight) {
-  check_cpu(op, "weight", weight);
+Tensor checked_weight(const AvgPoolLinear::Names& names, const Tensor& input, int64_t channels,
+                      const Tensor& weight) {
+  check_cpu(names.op, names.weight, weight);
   if (weight.dim() != 2 || weight.size(1) != channels) {
-    fail(op, "weight must be of shape (outputs, ", channels,
+    fail(names.op, names.weight, " must be of shape (outputs, ", channels,
          "), one value a channel of input in each row, got ", shape_string(weight));
   }
-  check_same_dtype(op, "weight", weight, "input", like);
+  check_same_dtype(names.op, names.weight, weight, "input", input);
   return dense_of(weight);
 }
 
 }  // namespace
 
-AvgPoolLinear::AvgPoolLinear(const char* op, const Tensor& like, int64_t channels,
+AvgPoolLinear::AvgPoolLinear(const Names& names, const Tensor& input, int64_t channels,
                              const Tensor& weight, const OptionalTensor& bias)
-    : dtype_(check_dtype(op, "input", like)),
+    : dtype_(check_dtype(names.op, "input", input)),
+      type_(input.scalar_type()),
       channels_(channels),
-      outputs_(weight.dim() > 0 ? weight.size(0) : 0),
-      weight_(checked_weight(op, like, channels, weight)) {
+      weight_(checked_weight(names, input, channels, weight)) {
+  outputs_ = weight_.size(0);
   if (!bias.has_value()) return;
-  check_cpu(op, "bias", *bias);
+  check_cpu(names.op, names.bias, *bias);
   if (bias->dim() != 1 || bias->size(0) != outputs_) {
-    fail(op, "bias must be of shape (", outputs_, ",), one value a row of weight, got ",
-         shape_string(*bias));
+    fail(names.op, names.bias, " must be of shape (", outputs_, ",), one value a row of ",
+         names.weight, ", got ", shape_string(*bias));
   }
-  check_same_dtype(op, "bias", *bias, "input", like);
+  check_same_dtype(names.op, names.bias, *bias, "input", input);
   bias_ = dense_of(*bias);
+}
+
+Tensor AvgPoolLinear::empty(int64_t images) const {
+  return torch::stable::empty(std::array<int64_t, 2>{images, outputs_}, type_);
 }
 
 void AvgPoolLinear::run(const void* input, int64_t images, int64_t pixels, void* output) const {
@@ -80,15 +84,14 @@ void AvgPoolLinear::run(const void* input, int64_t images, int64_t pixels, void*
 }
 
 Tensor avg_pool_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const char* op = "avg_pool_linear";
-  check_images(op, "input", input);
-  const AvgPoolLinear head(op, input, input.size(1), weight, bias);
-  const int64_t images = input.size(0);
-  Tensor y = torch::stable::empty(std::array<int64_t, 2>{images, head.outputs()},
-                                  input.scalar_type());
+  const AvgPoolLinear::Names names = {"avg_pool_linear", "weight", "bias"};
+  check_images(names.op, "input", input);
+  const AvgPoolLinear head(names, input, input.size(1), weight, bias);
+  Tensor y = head.empty(input.size(0));
   if (y.numel() == 0) return y;
   const Tensor pixels = as_channels_last(input);
-  head.run(pixels.const_data_ptr(), images, input.size(2) * input.size(3), y.mutable_data_ptr());
+  head.run(pixels.const_data_ptr(), input.size(0), input.size(2) * input.size(3),
+           y.mutable_data_ptr());
   return y;
 }
 

@@ -12,17 +12,24 @@ namespace fastres::cpu {
 // contiguous.
 class AvgPoolLinear {
  public:
-  // For images of so many channels, of the dtype of `like`, which messages call input.
-  AvgPoolLinear(const char* op, const Tensor& like, int64_t channels, const Tensor& weight,
+  // What messages call the op and its arguments.
+  struct Names {
+    const char *op, *weight, *bias;
+  };
+
+  // For images of so many channels, of the dtype of `input`.
+  AvgPoolLinear(const Names& names, const Tensor& input, int64_t channels, const Tensor& weight,
                 const OptionalTensor& bias);
 
-  int64_t outputs() const { return outputs_; }
+  // An uninitialised result.
+  Tensor empty(int64_t images) const;
 
   // Of dense channels_last images; the output is (images, outputs).
   void run(const void* input, int64_t images, int64_t pixels, void* output) const;
 
  private:
   DType dtype_;
+  torch::headeronly::ScalarType type_;
   int64_t channels_, outputs_;
   Tensor weight_;
   OptionalTensor bias_;

@@ -1,10 +1,10 @@
 #include "backward_sweep.h"
 
-#include "team.h"
-
 #include <algorithm>
 #include <bit>
 #include <memory>
+
+#include "team.h"
 
 namespace fastres::cpu {
 

@@ -19,7 +19,6 @@
 
 namespace fastres::cpu {
 
-
 void pack_panels(const ConvWeight& w, ConvPackFn kernel, float* packed) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (kConvPanel * w.ci * w.kh * w.kw));
   parallel_for(0, ceil_div(w.co, kConvPanel), grain,
@@ -579,8 +578,7 @@ void ConvUnit::run(const Pixels& input, const void* residual, const float* folde
   if (residual == nullptr) {
     const bool amx = algorithm_ == Algorithm::amx;
     const bool stem = is_winograd(algorithm_) && is_winograd_stem(shape_);
-    if (amx && amx_pools(shape_, *pool, dtype_) &&
-        run_amx_pool(args, shape_, *pool, dtype_)) {
+    if (amx && amx_pools(shape_, *pool, dtype_) && run_amx_pool(args, shape_, *pool, dtype_)) {
       return;
     }
     if (stem && winograd_stem_pools(shape_, *pool, dtype_) &&

@@ -1,6 +1,5 @@
 #include "conv_amx.h"
 
-
 #include <algorithm>
 #include <limits>
 

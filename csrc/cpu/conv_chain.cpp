@@ -84,8 +84,8 @@ ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
     sizes_.push_back(conv.output());
     std::optional<PoolGeometry> pool;
     if (u.pool_h != 0) {
-      pool = check_pool(kOp, sizes_.back(), {u.pool_h, u.pool_w}, {u.pool_stride_h, u.pool_stride_w},
-                        {u.pool_padding_h, u.pool_padding_w});
+      pool = check_pool(kOp, sizes_.back(), {u.pool_h, u.pool_w},
+                        {u.pool_stride_h, u.pool_stride_w}, {u.pool_padding_h, u.pool_padding_w});
       sizes_.back() = {pool->n, pool->c, pool->oh, pool->ow};
     }
     ours_ = ours_ && conv.algorithm() != Algorithm::aten;
@@ -98,8 +98,8 @@ ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
   assign_memory();
 }
 
-// All results, but the last where it is what is returned, each in the smallest memory that is free and large enough, else in the
-// largest, enlarged.
+// All results, but the last where it is what is returned, each in the smallest memory that is free
+// and large enough, else in the largest, enlarged.
 void ConvChain::assign_memory() {
   std::vector<int64_t> free;
   const int64_t units = static_cast<int64_t>(steps_.size());
@@ -133,23 +133,25 @@ Tensor ConvChain::run(const Tensor& input) const {
     fail(kOp, "input must be of shape ", shape_string(sizes), " and ", dtype_string(type_),
          ", got ", shape_string(input), " and ", dtype_string(input.scalar_type()));
   }
+  std::optional<AvgPoolLinear> head;
+  if (fc_weight_.has_value()) {
+    const AvgPoolLinear::Names names = {kOp, "fc_weight", "fc_bias"};
+    head.emplace(names, input, sizes_.back()[1], *fc_weight_, fc_bias_);
+  }
+  const AvgPoolLinear* const given = head.has_value() ? &*head : nullptr;
   // In a team torch's own convolutions would have one thread.
-  return ours_ ? run_ours(input) : run_any(input);
+  return ours_ ? run_ours(input, given) : run_any(input, given);
 }
 
-Tensor ConvChain::run_ours(const Tensor& input) const {
+Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const {
   const Scratch folded = scratch_floats(folded_floats_);
   float* to = folded.floats();
   for (const Step& step : steps_) {
     step.unit.fold(to);
     to += step.unit.folded_floats();
   }
-  std::optional<AvgPoolLinear> head;
-  if (fc_weight_.has_value()) head.emplace(kOp, input, sizes_.back()[1], *fc_weight_, fc_bias_);
-  const int64_t images = sizes_[0][0];
-  Tensor y = head.has_value()
-                 ? torch::stable::empty(std::array<int64_t, 2>{images, head->outputs()}, type_)
-                 : empty_channels_last(sizes_.back(), type_);
+  const auto [images, channels, height, width] = sizes_.back();
+  Tensor y = head != nullptr ? head->empty(images) : empty_channels_last(sizes_.back(), type_);
   if (images == 0) return y;
   const Tensor dense = with_dense_channels(input);
   std::vector<Scratch> memories;
@@ -184,15 +186,14 @@ Tensor ConvChain::run_ours(const Tensor& input) const {
                     data_of(i + 1));
       vectors += step.unit.folded_floats();
     }
-    if (head.has_value()) {
-      const int64_t result = static_cast<int64_t>(steps_.size());
-      head->run(data_of(result), images, sizes_.back()[2] * sizes_.back()[3], last);
+    if (head != nullptr) {
+      head->run(data_of(static_cast<int64_t>(steps_.size())), images, height * width, last);
     }
   });
   return y;
 }
 
-Tensor ConvChain::run_any(const Tensor& input) const {
+Tensor ConvChain::run_any(const Tensor& input, const AvgPoolLinear* head) const {
   std::vector<OptionalTensor> results = {input};
   for (int64_t i = 0; i < static_cast<int64_t>(steps_.size()); ++i) {
     const Step& step = steps_[i];
@@ -202,8 +203,12 @@ Tensor ConvChain::run_any(const Tensor& input) const {
       if (used > 0 && steps_[used - 1].last_use == i) results[used].reset();
     }
   }
-  if (!fc_weight_.has_value()) return *results.back();
-  return avg_pool_linear(*results.back(), *fc_weight_, fc_bias_);
+  if (head == nullptr) return *results.back();
+  const auto [images, channels, height, width] = sizes_.back();
+  Tensor y = head->empty(images);
+  head->run(as_channels_last(*results.back()).const_data_ptr(), images, height * width,
+            y.mutable_data_ptr());
+  return y;
 }
 
 Tensor conv_chain(const Tensor& input, const std::vector<Tensor>& tensors,

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "avg_pool_linear.h"
 #include "conv_unit.h"
 
 namespace fastres::cpu {
@@ -37,8 +38,8 @@ class ConvChain {
     return step.pool.has_value() ? &*step.pool : nullptr;
   }
   void assign_memory();
-  Tensor run_ours(const Tensor& input) const;
-  Tensor run_any(const Tensor& input) const;
+  Tensor run_ours(const Tensor& input, const AvgPoolLinear* head) const;
+  Tensor run_any(const Tensor& input, const AvgPoolLinear* head) const;
 
   DType dtype_;
   ScalarType type_;

@@ -1,6 +1,5 @@
 #include "conv_log.h"
 
-
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>

@@ -2,7 +2,6 @@
 // computed: the convolution's result is never in memory as a whole.
 #pragma once
 
-
 #include <algorithm>
 #include <cstring>
 

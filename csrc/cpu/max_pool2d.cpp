@@ -74,8 +74,7 @@ void run_pool(const MaxPoolArgs& args, DType dtype, bool prologue) {
   const PoolGeometry& g = args.geometry;
   const auto kernel = kernels().max_pool2d[static_cast<int>(dtype)][prologue];
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (g.kh * g.ow * g.c));
-  parallel_for(0, g.n * g.oh, grain,
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(0, g.n * g.oh, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace

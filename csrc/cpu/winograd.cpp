@@ -15,7 +15,6 @@
 namespace fastres::cpu {
 namespace {
 
-
 std::atomic<bool> allowed{true};
 
 // What packing a number of the kernels costs in multiply-adds.
@@ -226,8 +225,7 @@ bool run_winograd_gradient(ConvArgs args, const void* gradient, const ConvShape&
                                  .co1 = cut(out_panels, o + 1, out_blocks) * kConvPanel};
   };
   // Where channels are few, threads share the tiles of a block and their sums are added up.
-  const int64_t parts =
-      std::min(tiles, std::max<int64_t>(1, ceil_div(thread_count(), blocks)));
+  const int64_t parts = std::min(tiles, std::max<int64_t>(1, ceil_div(thread_count(), blocks)));
   const Scratch parts_sums = scratch_floats(parts > 1 ? blocks * parts * kWinogradSumFloats : 0);
   const auto accumulate = table.winograd_gradient[static_cast<int>(dtype)];
   std::atomic<bool> finite = true;

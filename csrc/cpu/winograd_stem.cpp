@@ -1,6 +1,5 @@
 #include "winograd_stem.h"
 
-
 #include <algorithm>
 
 #include "conv_algorithm.h"

@@ -11,6 +11,9 @@ from .. import ops
 from .conv_bn import Module, is_untouched, is_watched, shows_modules
 from .precision import autocast_dtype
 
+# Beyond, torch's matrix product is as fast.
+_MOST_IMAGES = 64
+
 
 def head(avgpool: Module, fc: Module, x: Tensor) -> Any:
     """``fc(flatten(avgpool(x), 1))``, by the fused op on the CPU; they may be any modules."""
@@ -26,6 +29,7 @@ def is_head(avgpool: Module, fc: Module, x: Any) -> bool:
         isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.dtype == torch.float32
+        and x.shape[0] <= _MOST_IMAGES
         and autocast_dtype(x) is None
         and is_untouched(avgpool, nn.AdaptiveAvgPool2d)
         and avgpool.output_size in (1, (1, 1))

@@ -33,22 +33,23 @@ def avg_pool_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def avg_pool_linear_output(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
 ) -> Tensor:
-    """Check the arguments; return an empty result."""
+    """Check the arguments, whose names have the prefix; return an empty result."""
+    channels, outputs = input.shape[1], weight.shape[:1]
     check(
-        weight.dim() == 2 and weight.shape[1] == input.shape[1],
+        weight.dim() == 2 and weight.shape[1] == channels,
         op,
-        f"weight must be (O, C) with C = {input.shape[1]}, got {tuple(weight.shape)}",
+        f"{prefix}weight must be (O, C) with C = {channels}, got {tuple(weight.shape)}",
     )
-    check_placed_like(op, "weight", weight, "input", input)
+    check_placed_like(op, f"{prefix}weight", weight, "input", input)
     if bias is not None:
         check(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            bias.dim() == 1 and bias.shape == outputs,
             op,
-            f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}",
+            f"{prefix}bias must be ({outputs[0]},), got {tuple(bias.shape)}",
         )
-        check_placed_like(op, "bias", bias, "input", input)
+        check_placed_like(op, f"{prefix}bias", bias, "input", input)
     return input.new_empty((input.shape[0], weight.shape[0]))
 
 

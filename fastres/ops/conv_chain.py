@@ -55,9 +55,7 @@ def conv_chain(
     Raises:
         RuntimeError: where the program does not fit the tensors, or a tensor its unit.
     """
-    result: Tensor = torch.ops.fastres.conv_chain(
-        input, tensors, program, eps, fc_weight, fc_bias
-    )
+    result: Tensor = torch.ops.fastres.conv_chain(input, tensors, program, eps, fc_weight, fc_bias)
     return result
 
 
@@ -95,7 +93,7 @@ def _fake(
         results.append(result)
     if fc_weight is None:
         return results[-1]
-    return avg_pool_linear_output(op, results[-1], fc_weight, fc_bias)
+    return avg_pool_linear_output(op, results[-1], fc_weight, fc_bias, "fc_")
 
 
 def _backward(ctx: Any, dy: Tensor) -> None:
