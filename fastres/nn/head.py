@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .conv_bn import Module, is_untouched, is_watched, shows_modules
+from .conv_bn import Module, is_untouched, is_watched
 from .precision import autocast_dtype
 
 # Beyond, torch's matrix product is as fast.
@@ -17,16 +17,21 @@ _MOST_IMAGES = 64
 
 def head(avgpool: Module, fc: Module, x: Tensor) -> Any:
     """``fc(flatten(avgpool(x), 1))``, by the fused op on the CPU; they may be any modules."""
-    if is_head(avgpool, fc, x) and not is_watched() and not shows_modules(x):
+    if is_head(avgpool, fc, x) and not is_watched():
         weight, bias = fc._parameters["weight"], fc._parameters["bias"]
         return ops.avg_pool_linear(x, weight, bias)
     return fc(torch.flatten(avgpool(x), 1))
 
 
 def is_head(avgpool: Module, fc: Module, x: Any) -> bool:
-    """Whether the op says the same as calling the modules, and is as fast as they are."""
+    """Whether the op says the same as calling the modules, and is as fast as they are.
+
+    Compilers and tracers get the modules: what these do they know.
+    """
     return (
         isinstance(x, Tensor)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.shape[0] <= _MOST_IMAGES
