@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +48,11 @@ def single_output(run: Callable[[], Any]) -> Runner:
     return Runner(run, answer)
 
 
+def autocast(device: str, amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to `amp`, or what costs nothing."""
+    return nullcontext() if amp is None else torch.autocast(device, dtype=amp)
+
+
 def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=CHANNELS_LAST) if x.dim() == 4 else x
 
@@ -62,7 +68,7 @@ def eager(module: nn.Module, inputs: Sequence[Tensor], amp: torch.dtype | None =
 
     @torch.inference_mode()
     def run() -> Tensor:
-        with torch.autocast(device, dtype=amp, enabled=amp is not None):
+        with autocast(device, amp):
             return module(*inputs)
 
     return single_output(run)
@@ -85,7 +91,7 @@ def compiled(
     # Freezing works under no_grad only.
     @torch.no_grad()
     def run() -> Tensor:
-        with torch.autocast(device, dtype=amp, enabled=amp is not None):
+        with autocast(device, amp):
             return fast(*inputs)
 
     return single_output(run)
