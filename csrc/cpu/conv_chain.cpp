@@ -89,8 +89,9 @@ ConvChain::ConvChain(const Tensor& input, const std::vector<Tensor>& tensors,
       sizes_.back() = {pool->n, pool->c, pool->oh, pool->ow};
     }
     ours_ = ours_ && conv.algorithm() != Algorithm::aten;
-    folded_floats_ += conv.folded_floats();
     steps_.push_back({std::move(conv), u.source, u.residual, pool});
+    steps_.back().folded = folded_floats_;
+    folded_floats_ += steps_.back().unit.folded_floats();
     for (const int64_t used : {u.source, u.residual}) {
       if (used > 0) steps_[used - 1].last_use = i;
     }
@@ -145,18 +146,13 @@ Tensor ConvChain::run(const Tensor& input) const {
 
 Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const {
   const Scratch folded = scratch_floats(folded_floats_);
-  float* to = folded.floats();
-  for (const Step& step : steps_) {
-    step.unit.fold(to);
-    to += step.unit.folded_floats();
-  }
-  const auto [images, channels, height, width] = sizes_.back();
-  Tensor y = head != nullptr ? head->empty(images) : empty_channels_last(sizes_.back(), type_);
-  if (images == 0) return y;
+  const Sizes& sizes = sizes_.back();
+  const int64_t images = sizes[0];
+  Tensor y = head != nullptr ? head->empty(images) : empty_channels_last(sizes, type_);
   const Tensor dense = with_dense_channels(input);
   std::vector<Scratch> memories;
-  for (const int64_t count : memories_) {
-    memories.emplace_back(static_cast<size_t>(count * element_bytes_of(dtype_)));
+  for (const int64_t numbers : memories_) {
+    memories.emplace_back(static_cast<size_t>(numbers * element_bytes_of(dtype_)));
   }
   const Pixels first = pixels_of(dense);
   void* const last = y.mutable_data_ptr();
@@ -171,9 +167,13 @@ Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const
     return {data_of(result), h * w * c, w * c, c};
   };
   Tensor dense_residual = dense;  // where the input is one
+  const int64_t count = static_cast<int64_t>(steps_.size());
   with_team([&] {
-    const float* vectors = folded.floats();
-    for (int64_t i = 0; i < static_cast<int64_t>(steps_.size()); ++i) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) steps_[i].unit.fold(folded.floats() + steps_[i].folded);
+    });
+    if (images == 0) return;
+    for (int64_t i = 0; i < count; ++i) {
       const Step& step = steps_[i];
       const void* residual = nullptr;
       if (step.residual == 0) {
@@ -182,13 +182,10 @@ Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const
       } else if (step.residual > 0) {
         residual = data_of(step.residual);
       }
-      step.unit.run(pixels_of_result(step.source), residual, vectors, pool_of(step),
-                    data_of(i + 1));
-      vectors += step.unit.folded_floats();
+      step.unit.run(pixels_of_result(step.source), residual, folded.floats() + step.folded,
+                    pool_of(step), data_of(i + 1));
     }
-    if (head != nullptr) {
-      head->run(data_of(static_cast<int64_t>(steps_.size())), images, height * width, last);
-    }
+    if (head != nullptr) head->run(data_of(count), images, sizes[2] * sizes[3], last);
   });
   return y;
 }
@@ -204,9 +201,9 @@ Tensor ConvChain::run_any(const Tensor& input, const AvgPoolLinear* head) const 
     }
   }
   if (head == nullptr) return *results.back();
-  const auto [images, channels, height, width] = sizes_.back();
-  Tensor y = head->empty(images);
-  head->run(as_channels_last(*results.back()).const_data_ptr(), images, height * width,
+  const Sizes& sizes = sizes_.back();
+  Tensor y = head->empty(sizes[0]);
+  head->run(as_channels_last(*results.back()).const_data_ptr(), sizes[0], sizes[2] * sizes[3],
             y.mutable_data_ptr());
   return y;
 }

@@ -30,8 +30,9 @@ class ConvChain {
     ConvUnit unit;
     int64_t source, residual;  // -1: none
     std::optional<PoolGeometry> pool;
-    // The step after which its result is of no use any more, and which memory holds it till then.
-    int64_t last_use = 0, memory = -1;
+    // The step after which its result is of no use any more, which memory holds it till then, and
+    // where its folded vectors are.
+    int64_t last_use = 0, memory = -1, folded = 0;
   };
 
   const PoolGeometry* pool_of(const Step& step) const {
