@@ -65,7 +65,7 @@ int64_t parts_floats(const ConvShape& s, int tile) {
 // level cache of 2 MB beside a block's patches and products (from beyond it they come too slowly),
 // and there must be enough tiles to repay the splitting.
 bool on_amx(const ConvShape& s, int tile) {
-  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 128;
+  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 256;
   return kernels().winograd_amx_block[0][0] != nullptr && s.stride[0] == 1 &&
          parts_floats(s, tile) <= most_floats && tile_count(s, tile) >= fewest_tiles;
 }
