@@ -1,6 +1,7 @@
 """conv_chain, and the models that compute their blocks by it: the bits of one unit at a time."""
 
 import copy
+import gc
 import pickle
 import weakref
 from collections import OrderedDict
@@ -761,6 +762,16 @@ def test_copies_of_a_recorded_model():
         other.conv1.weight.mul_(-1)
         assert not torch.equal(other(x), y)
     assert torch.equal(recordings(twin, x)[1], y)
+
+
+def test_a_recorded_model_goes_when_it_is_of_no_use():
+    model, x = fused(stem="cifar"), torch.randn(2, 3, 16, 16)
+    recordings(model, x)
+    assert recordings(model, x)[0] == 0
+    parts = [weakref.ref(part) for part in (model, model.fc.weight, model.layer1[0].bn1.bias)]
+    del model
+    gc.collect()
+    assert [part() for part in parts] == [None] * 3
 
 
 def test_threads_share_a_recorded_model():
