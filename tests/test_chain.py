@@ -314,6 +314,17 @@ def test_memory_of_results_is_used_again_when_they_are_not_needed_any_more():
     assert torch.equal(ops.conv_chain(x, [*vectors, *weights], program, eps), results[-1])
 
 
+def test_the_input_as_a_residual(algorithm):
+    _, tensors, _, _ = three_units(channels=16)
+    weight = torch.randn(16, 16, 3, 3) / 12
+    program = [0, 0, 4, -1, 0, 1, 2, 3, -1, 1, 1, 1, 1, 1, 1, 1, 1, *NO_POOL]
+    # A slice, whose pixels hold their channels next to each other, but are not dense.
+    x = torch.randn(2, 12, 12, 32)[..., 3:19].permute(0, 3, 1, 2)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    expected = ops.conv_bn_relu(x, weight, None, *tensors[1:5], 1e-5, x, *geometry, True, None)
+    assert torch.equal(ops.conv_chain(x, [*tensors[1:5], weight], program, [1e-5]), expected)
+
+
 def kept(arguments, watched=(), head=(None, None)) -> KeptChain:
     with torch.no_grad():
         return KeptChain(*arguments, *head, list(watched))

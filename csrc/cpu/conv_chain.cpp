@@ -166,7 +166,9 @@ Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const
     const auto [n, c, h, w] = sizes_[result];
     return {data_of(result), h * w * c, w * c, c};
   };
-  Tensor dense_residual = dense;  // where the input is one
+  const bool adds_input = std::any_of(steps_.begin(), steps_.end(),
+                                      [](const Step& step) { return step.residual == 0; });
+  const Tensor residual_input = adds_input ? as_channels_last(dense) : dense;
   const int64_t count = static_cast<int64_t>(steps_.size());
   with_team([&] {
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -176,11 +178,8 @@ Tensor ConvChain::run_ours(const Tensor& input, const AvgPoolLinear* head) const
     for (int64_t i = 0; i < count; ++i) {
       const Step& step = steps_[i];
       const void* residual = nullptr;
-      if (step.residual == 0) {
-        dense_residual = as_channels_last(dense);
-        residual = dense_residual.const_data_ptr();
-      } else if (step.residual > 0) {
-        residual = data_of(step.residual);
+      if (step.residual >= 0) {
+        residual = step.residual == 0 ? residual_input.const_data_ptr() : data_of(step.residual);
       }
       step.unit.run(pixels_of_result(step.source), residual, folded.floats() + step.folded,
                     pool_of(step), data_of(i + 1));
