@@ -775,6 +775,21 @@ def test_copies_of_a_recorded_model():
     assert torch.equal(recordings(twin, x)[1], y)
 
 
+@pytest.mark.parametrize("order", [[65, 2], [2, 65]], ids=str)
+def test_a_head_is_watched_where_it_is_in_the_chain(order):
+    """A chain of more images ends before the head, whose hooks do it no harm."""
+    model = fused(stem="cifar")
+    inputs = {batch: torch.randn(batch, 3, 16, 16) for batch in order}
+    before = {batch: recordings(model, x)[1] for batch, x in inputs.items()}
+    assert [recordings(model, x)[0] for x in inputs.values()] == [0, 0]
+    model.fc.register_forward_hook(lambda module, args, y: y + 1)
+    assert recordings(model, inputs[65])[0] == 0
+    for batch, x in inputs.items():
+        _, y = recordings(model, x)
+        assert torch.equal(y, model(x))
+        torch.testing.assert_close(y, before[batch] + 1)
+
+
 def test_a_recorded_model_goes_when_it_is_of_no_use():
     model, x = fused(stem="cifar"), torch.randn(2, 3, 16, 16)
     recordings(model, x)

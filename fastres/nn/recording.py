@@ -52,52 +52,55 @@ class Source:
 
 
 class _Recorded(NamedTuple):
-    """A chain, and where the packed weights that it takes are kept, with all that is kept there."""
+    """A chain, what it was recorded from, and where the packed weights that it takes are kept."""
 
+    source: Source
     chain: KeptChain
     packed: list[dict[Any, Any]]
-    entries: list[Any]
+    entries: list[Any]  # all that is kept there
 
-    def holds(self) -> bool:
-        """Whether nothing was dropped since then, and the weights are what they were."""
-        return same_values(self.packed, self.entries) and self.chain.stays()
+    def holds(self, model: nn.Module) -> bool:
+        """Whether nothing was changed or dropped since then, and the weights are what they were."""
+        return (
+            self.source.holds(model)
+            and same_values(self.packed, self.entries)
+            and self.chain.stays()
+        )
 
 
 class Recordings:
     """A model's chains, by the sizes and types that they depend on. Copies start empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Source, dict[Any, _Recorded]] | None = None
+        self._kept: dict[Any, _Recorded] = {}
 
     def compute(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """The chain's result, if it was recorded for the like of x and all is as it was."""
-        kept = self._kept
-        if kept is None:
-            return None
-        recorded = kept[1].get(_key(x))
-        if recorded is None or not kept[0].holds(model) or not recorded.holds():
+        recorded = self._kept.get(_key(x))
+        if recorded is None or not recorded.holds(model):
             return None
         dtype = autocast_dtype(x)
         return recorded.chain.compute(x if dtype is None else x.to(dtype))
 
     def keep(self, model: nn.Module, called: Iterable[nn.Module], x: Tensor, chain: Chain) -> None:
         """Keep what was recorded from these modules for x, if that can be compared later."""
-        recorded = _recorded(chain)
+        recorded = _recorded(Source(model, called), chain)
         if recorded is None:
             return
-        kept = self._kept
-        if kept is None or not kept[0].holds(model) or len(kept[1]) >= _MOST:
-            kept = self._kept = (Source(model, called), {})
-        kept[1][_key(x)] = recorded
+        kept = {key: other for key, other in self._kept.items() if other.holds(model)}
+        if len(kept) >= _MOST:
+            kept = {}
+        kept[_key(x)] = recorded
+        self._kept = kept
 
     def clear(self) -> None:
-        self._kept = None
+        self._kept = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Recordings, ()
 
 
-def _recorded(chain: Chain) -> _Recorded | None:
+def _recorded(source: Source, chain: Chain) -> _Recorded | None:
     if chain.converted:
         return None
     found = [(packed, conv, packed.entry(conv)) for packed, conv in chain.packed]
@@ -110,7 +113,8 @@ def _recorded(chain: Chain) -> _Recorded | None:
     if not all(packed.holds(conv, entry) for packed, conv, entry in found):
         return None
     dicts = list({id(packed): packed.entries for packed, _ in chain.packed}.values())
-    return _Recorded(kept, dicts, [entry for entries in dicts for entry in entries.values()])
+    values = [entry for entries in dicts for entry in entries.values()]
+    return _Recorded(source, kept, dicts, values)
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
