@@ -349,6 +349,28 @@ def test_a_kept_chain_reads_its_vectors_anew(dtype):
         chain.compute(x)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_a_thread_finds_wrong_is_said(threads, monkeypatch):
+    """Vectors are checked by all threads; a chain goes on after an error."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "packed")
+    arguments = three_units()
+    x, tensors, _, _ = arguments
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        chain, expected = kept(arguments), ops.conv_chain(*arguments)
+        for index, name in ((1, "running_mean"), (8, "running_var"), (4, "bn_bias"), (6, "bias")):
+            data = tensors[index].data
+            tensors[index].data = torch.zeros(7)
+            for _ in range(3):
+                with pytest.raises(RuntimeError, match=rf"{name} must be .*24.* got \(7,\)"):
+                    chain.compute(x)
+            tensors[index].data = data
+            assert torch.equal(chain.compute(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_kept_chain_is_for_one_kind_of_input():
     arguments = three_units()
     x, chain = arguments[0], kept(arguments)
