@@ -26,10 +26,10 @@ def head(avgpool: Module, fc: Module, x: Tensor) -> Any:
 def is_head(avgpool: Module, fc: Module, x: Any) -> bool:
     """Whether the op says the same as calling the modules, and is as fast as they are.
 
-    Compilers and tracers get the modules: what these do they know.
+    Compilers, tracers and kinds of tensors get the modules, whose operators they know.
     """
     return (
-        isinstance(x, Tensor)
+        type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.device.type == "cpu"
