@@ -155,7 +155,7 @@ void pack(const Tensor& weight, const ConvShape& s, Algorithm form, DType dtype,
   } else if (is_winograd_stem(s)) {
     winograd_stem_pack(w, packed);
   } else {
-    winograd_pack(w, s.stride[0], winograd_tile(form), packed);
+    winograd_pack(w, s, winograd_tile(form), packed);
   }
 }
 

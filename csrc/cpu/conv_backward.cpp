@@ -350,7 +350,7 @@ OptionalTensor winograd_input_gradient(const Tensor& dzt, const Tensor& weight, 
   const int tile = winograd_tile(form);
   const Tensor kernels = as_floats(weight);
   const Scratch packed = scratch_floats(winograd_packed_floats(t, tile));
-  winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), 1, tile, packed.floats());
+  winograd_pack(turned(conv_weight_of(kernels), t, {2, 2}, {1, 1}), t, tile, packed.floats());
   const Tensor dinput =
       empty_channels_last(std::array<int64_t, 4>{s.n, s.ci, s.ih, s.iw}, dzt.scalar_type());
   ConvArgs args{};

@@ -146,7 +146,7 @@ struct KernelTable {
   AmxGradientFn amx_gradient[kDTypes];
   AmxGradientEndFn amx_gradient_end;
   WinogradBlockFn winograd_amx_block[2][kDTypes];  // without a stride; none without a matrix unit
-  WinogradSplitFn winograd_amx_split[2];
+  ConvPackFn winograd_amx_pack[2];
 };
 
 namespace baseline {

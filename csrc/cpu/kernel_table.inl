@@ -78,7 +78,7 @@ constexpr KernelTable make_table() {
     t.winograd_pack[1][index] = winograd_pack<O, 2>;
 #if defined(__AMX_BF16__)
     set_blocks.template operator()<1, WinogradParts<O>>(t.winograd_amx_block[index]);
-    t.winograd_amx_split[index] = winograd_split<O>;
+    t.winograd_amx_pack[index] = winograd_amx_pack<O>;
 #endif
   };
   t.winograd_gradient[static_cast<int>(DType::float32)] = winograd_gradient<float>;

@@ -65,7 +65,7 @@ int64_t parts_floats(const ConvShape& s, int tile) {
 // level cache of 2 MB beside a block's patches and products (from beyond it they come too slowly),
 // and there must be enough tiles to repay the splitting.
 bool on_amx(const ConvShape& s, int tile) {
-  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 256;
+  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 128;
   return kernels().winograd_amx_block[0][0] != nullptr && s.stride[0] == 1 &&
          parts_floats(s, tile) <= most_floats && tile_count(s, tile) >= fewest_tiles;
 }
@@ -85,7 +85,7 @@ struct Plan {
 
 // The most tiles of a block, whose patches and products stay in the second level cache.
 int64_t most_tiles(const ConvShape& s, int tile, const KernelTable& table) {
-  if (on_amx(s, tile)) return 2 * kAmxRows;
+  if (on_amx(s, tile)) return kAmxRows;
   // Beside a position's kernels; but with many channels a block is still tall enough to repay
   // reading the kernels.
   const int64_t tile_bytes = 4 * position_count(s, tile) *
@@ -139,12 +139,16 @@ bool winograd_fits(const ConvShape& s) {
 }
 
 int64_t winograd_packed_floats(const ConvShape& s, int tile) {
+  if (on_amx(s, tile)) return parts_floats(s, tile);
   return s.panels() * winograd_panel_floats(tile, s.ci);
 }
 
-void winograd_pack(const ConvWeight& weight, int64_t stride, int tile, float* packed) {
-  const auto kernel = kernels().winograd_pack[stride - 1][kernel_index(tile)];
-  parallel_for(0, weight.co / kConvPanel, 1,
+void winograd_pack(const ConvWeight& weight, const ConvShape& s, int tile, float* packed) {
+  const KernelTable& table = kernels();
+  const int index = kernel_index(tile);
+  const auto kernel = on_amx(s, tile) ? table.winograd_amx_pack[index]
+                                      : table.winograd_pack[s.stride[0] - 1][index];
+  parallel_for(0, s.panels(), 1,
                [&](int64_t begin, int64_t end) { kernel(weight, packed, begin, end); });
 }
 
@@ -165,21 +169,12 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   const Plan plan = make_plan(s, tile, table, thread_count());
   const int64_t tiles = tile_count(s, tile), positions = position_count(s, tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
-  const WinogradAmxPatches amx_patches(block_tiles, s.ci);
-  const int64_t rows = amx ? amx_patches.tiles() : block_tiles;
+  const int64_t rows = amx ? kAmxRows : block_tiles;
   const int64_t patches =
-      positions * (amx ? amx_patches.stride() : winograd_stride(block_tiles * winograd_row(s.ci)));
+      positions *
+      (amx ? winograd_amx_stride(s.ci) : winograd_stride(block_tiles * winograd_row(s.ci)));
   const int64_t products =
       positions * winograd_stride(rows * winograd_row(kWinogradPanels * kConvPanel));
-  Scratch parts;
-  if (amx) {
-    parts = scratch_floats(parts_floats(s, tile));
-    const auto split = table.winograd_amx_split[kernel_index(tile)];
-    parallel_for(0, s.panels() * positions, 1, [&](int64_t begin, int64_t end) {
-      split(args.weight, s.ci, parts.floats(), begin, end);
-    });
-    args.weight = parts.floats();
-  }
   const auto& blocks = amx ? table.winograd_amx_block : table.winograd_block[s.stride[0] - 1];
   const auto kernel = blocks[kernel_index(tile)][static_cast<int>(dtype)];
   const auto scratch = [&] { return scratch_floats(patches + products); };

@@ -20,7 +20,7 @@ bool winograd_fits(const ConvShape& s);
 // Length of the packed kernels for output tiles of `tile` (4 or 2) pixels squared.
 int64_t winograd_packed_floats(const ConvShape& s, int tile);
 
-void winograd_pack(const ConvWeight& weight, int64_t stride, int tile, float* packed);
+void winograd_pack(const ConvWeight& weight, const ConvShape& s, int tile, float* packed);
 
 // Multiply-adds of a call, memory and transforms counted as as many as they take the time of;
 // `packing` where the kernels must be packed first.

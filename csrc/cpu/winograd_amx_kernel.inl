@@ -3,28 +3,81 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
-// The form of winograd_block() whose patches are WinogradAmxPatches.
+// Adds a step's products of the 16 patches at v by kPanels panels of kernels, `panel` floats apart
+// from u on, to the first pair of matrix tiles or to the second.
+template <bool kFirst, int kPanels>
+FASTRES_INLINE void winograd_products(const float* v, const float* u, int64_t panel) {
+  static_assert(kPanels == 1 || kPanels == 2);
+  constexpr int kStride = 64;  // bytes of a tile's row
+  const auto kernels = [&](int part) FASTRES_LAMBDA_INLINE {
+    _tile_loadd(6, u + part * kAmxTile, kStride);
+    if (kPanels > 1) _tile_loadd(7, u + panel + part * kAmxTile, kStride);
+  };
+  const auto by_even_part = [&]() FASTRES_LAMBDA_INLINE {
+    if constexpr (kFirst) {
+      _tile_dpbf16ps(0, 4, 6);
+      if (kPanels > 1) _tile_dpbf16ps(1, 4, 7);
+    } else {
+      _tile_dpbf16ps(2, 4, 6);
+      if (kPanels > 1) _tile_dpbf16ps(3, 4, 7);
+    }
+  };
+  const auto by_middle_part = [&]() FASTRES_LAMBDA_INLINE {
+    if constexpr (kFirst) {
+      _tile_dpbf16ps(0, 5, 6);
+      if (kPanels > 1) _tile_dpbf16ps(1, 5, 7);
+    } else {
+      _tile_dpbf16ps(2, 5, 6);
+      if (kPanels > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  };
+  _tile_loadd(4, v + 2 * kAmxTile, kStride);
+  kernels(0), by_even_part();
+  _tile_loadd(5, v + kAmxTile, kStride);
+  by_middle_part();
+  _tile_loadd(4, v, kStride);
+  by_even_part();
+  kernels(1), by_middle_part(), by_even_part();
+  kernels(2), by_even_part();
+}
+
+// The sums of 16 patches' products by C panels of kernels into `out`. Panels come in pairs: the
+// products of one need not wait for those of the other.
+template <int C>
+__attribute__((noinline)) void winograd_tiles(const float* v, const float* u, int64_t steps,
+                                              float* out) {
+  static_assert(C >= 1 && C <= kWinogradPanels && kWinogradPanels == 4);
+  constexpr int64_t row = kWinogradProductRow * 4;
+  const int64_t panel = steps * kAmxStep;
+  _tile_zero(0);
+  if (C > 1) _tile_zero(1);
+  if (C > 2) _tile_zero(2);
+  if (C > 3) _tile_zero(3);
+  for (int64_t k = 0; k < steps; ++k, v += kAmxStep, u += kAmxStep) {
+    winograd_products<true, (C > 1 ? 2 : 1)>(v, u, panel);
+    if constexpr (C > 2) winograd_products<false, C - 2>(v, u + 2 * panel, panel);
+  }
+  _tile_stored(0, out, row);
+  if (C > 1) _tile_stored(1, out + kAmxRows, row);
+  if (C > 2) _tile_stored(2, out + 2 * kAmxRows, row);
+  if (C > 3) _tile_stored(3, out + 3 * kAmxRows, row);
+}
+
+// The form of winograd_block() whose patches and kernels are bfloat16 parts.
 template <int O>
 struct WinogradParts {
   static constexpr int kPositions = (O + 2) * (O + 2);
-  static constexpr int64_t kLine = kAmxDepth / 2;
-  int64_t group, stride;  // of patches: from 16 tiles, a position to the next
-  int64_t product_stride;
+  int64_t stride;  // of patches: from a position to the next
+  static constexpr int64_t product_stride = winograd_stride(kAmxRows * kWinogradProductRow);
 
-  WinogradParts(int64_t tiles, int64_t ci)
-      : group(WinogradAmxPatches(tiles, ci).group()),
-        stride(WinogradAmxPatches(tiles, ci).stride()),
-        product_stride(
-            winograd_stride(WinogradAmxPatches(tiles, ci).tiles() * kWinogradProductRow)) {}
-
-  int64_t place(int64_t tile) const { return tile / kAmxRows * group + tile % kAmxRows * kLine; }
+  WinogradParts(int64_t, int64_t ci) : stride(winograd_amx_stride(ci)) {}
 
   template <typename T, bool kWhole, bool kPrologue>
   __attribute__((noinline)) static void patch(const WinogradParts& to, const ConvArgs& args,
                                               const T* in, unsigned lines, unsigned columns,
                                               const WinogradRows& rows, const WinogradPlace&,
                                               float* v) {
-    v += to.place(rows.count[0][0]);
+    v += rows.count[0][0] * (kAmxDepth / 2);
     for (int64_t c = 0; c < args.ci; c += kAmxDepth, v += kAmxStep) {
       Floats first[kPositions];
       winograd_transform<T, O, 1, kWhole, kPrologue>(
@@ -45,53 +98,50 @@ struct WinogradParts {
     }
   }
 
-  void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
-                const WinogradScratch& scratch, const Prefetch&) const {
-    const int64_t tiles = rows.count[0][0];
-    const int64_t position_parts = amx_panel_floats(1, args.ci);
-    const int64_t panel_parts = kPositions * position_parts;
-    const int64_t channels = (panel1 - panel0) * kConvPanel;
-    static constexpr int64_t first_line = 0;
-    const AmxDepth depth = {.steps = amx_steps(args.ci),
-                            .taps = 1,
-                            .places = &first_line,
-                            .line = kAmxDepth,
-                            .step = 2 * kAmxStep,
-                            .plane = kAmxTile,
-                            .panel_parts = panel_parts};
+  void multiply(const ConvArgs& args, const WinogradRows&, int64_t panel0, int64_t panel1,
+                const WinogradScratch& scratch, const WinogradAhead& ahead) const {
+    const int64_t steps = amx_steps(args.ci), panels = panel1 - panel0;
+    const int64_t all_panels = (args.co + kConvPanel - 1) / kConvPanel;
+    const auto compute = panels == 1   ? winograd_tiles<1>
+                         : panels == 2 ? winograd_tiles<2>
+                         : panels == 3 ? winograd_tiles<3>
+                                       : winograd_tiles<4>;
     static constexpr AmxConfig config{};
     _tile_loadconfig(&config);
-    AmxMeanwhile nothing{};
     for (int position = 0; position < kPositions; ++position) {
-      const float* patches = scratch.patches + position * stride;
-      float* products = scratch.products + position * product_stride;
-      const float* kernels = args.weight + panel0 * panel_parts + position * position_parts;
-      for (int64_t c = 0; c < channels; c += kConvColumns) {
-        const bool wide = channels - c > kAmxRows;
-        for (int64_t tile = 0; tile < tiles; tile += 2 * kAmxRows) {
-          const bool both = tiles - tile > kAmxRows;
-          const int64_t starts[] = {2 * place(tile), 2 * place(tile + kAmxRows)};
-          const auto compute = both ? (wide ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>)
-                                    : (wide ? amx_tiles<1, 2, false> : amx_tiles<1, 1, false>);
-          compute(depth, patches, starts, nullptr,
-                  const_cast<float*>(kernels + c / kConvPanel * panel_parts), false,
-                  products + tile * kWinogradProductRow + c, kWinogradProductRow, nothing);
-        }
-      }
+      const int64_t panel = position * all_panels + panel0;
+      compute(scratch.patches + position * stride, args.weight + panel * steps * kAmxStep, steps,
+              scratch.products + position * product_stride);
+      const int64_t part = (panel0 * kPositions + position * panels) / kWinogradPanels;
+      ahead.part(part, all_panels * kPositions / kWinogradPanels);
     }
     _tile_release();
   }
 };
 
+// winograd_pack() into parts: [position][panel][step][part][channel pair][16 output channels][2].
 template <int O>
-void winograd_split(const float* packed, int64_t ci, float* parts, int64_t begin, int64_t end) {
+void winograd_amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   constexpr int kPositions = (O + 2) * (O + 2);
-  for (int64_t i = begin; i < end; ++i) {
-    const float* in = packed + i / kPositions * winograd_panel_floats(O, ci) +
-                      i % kPositions * winograd_stride(ci * kConvPanel);
-    float* to = parts + i * amx_panel_floats(1, ci);
-    for (int64_t c = 0; c < ci; c += kAmxDepth, to += kAmxStep) {
-      amx_split_weights(in + c * kConvPanel, min<int64_t>(ci - c, kAmxDepth), kAmxDepth / 2, to);
+  static_assert(kFloatLanes == kConvPanel);
+  const int64_t panel_floats = amx_steps(w.ci) * kAmxStep;
+  const int64_t stride = w.co / kConvPanel * panel_floats;
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    float* const out = packed + panel * panel_floats;
+    const int64_t filled = amx_steps(w.ci) * kAmxDepth;  // with zeros after the last channel
+    for (int64_t i = 0; i < filled; i += 2) {
+      Floats pair[2][kPositions] = {};
+      for (int64_t c = i; c < min(i + 2, w.ci); ++c) {
+        winograd_kernels<O, 1>(w, c, panel * kConvPanel,
+                               [&](int k, int j, Floats u) FASTRES_LAMBDA_INLINE {
+                                 pair[c - i][k * (O + 2) + j] = u;
+                               });
+      }
+      float* to = out + i / kAmxDepth * kAmxStep + i % kAmxDepth / 2 * kConvPanel;
+      for (int position = 0; position < kPositions; ++position, to += stride) {
+        amx_split_pairs<false>(reinterpret_cast<uint16_t*>(to), 2 * kAmxTile, pair[0][position],
+                               pair[1][position]);
+      }
     }
   }
 }

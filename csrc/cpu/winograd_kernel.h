@@ -44,37 +44,25 @@ struct WinogradBlock {
 inline constexpr int64_t kWinogradPanels = 4;
 
 struct WinogradScratch {
-  float* patches;   // P * P * winograd_stride(tiles * winograd_row(ci)), or as WinogradAmxPatches
+  float* patches;   // P * P * winograd_stride(tiles * winograd_row(ci)), or winograd_amx_stride(ci)
   float* products;  // P * P * winograd_stride(tiles * winograd_row(kWinogradPanels * kConvPanel))
 };
 
 // Floats from one tile to the next.
 constexpr int64_t winograd_row(int64_t channels) { return channels + 16; }
 
-// With AMX, patches are [position][16 tiles][step][part][tile][32 channels] in bfloat16 parts, and
-// args.weight is the kernels' parts, [panel][position][amx_panel_floats(1, ci)]. Patches and
-// products have room for whole matrix tiles.
-struct WinogradAmxPatches {
-  int64_t groups, steps;  // of tiles
-
-  constexpr WinogradAmxPatches(int64_t tiles, int64_t ci)
-      : groups((tiles + kAmxRows - 1) / kAmxRows), steps(amx_steps(ci)) {}
-
-  constexpr int64_t tiles() const { return groups * kAmxRows; }
-  // In floats, from a group to the next, and from a position to the next.
-  constexpr int64_t group() const { return steps * kAmxStep; }
-  constexpr int64_t stride() const { return winograd_stride(groups * group()); }
-};
+// With AMX, a block is kAmxRows tiles at most, for which patches and products have room. Patches
+// are [position][step][part][tile][32 channels] in bfloat16 parts, the positions so many floats
+// apart; args.weight is the kernels' parts, [position][panel][amx_panel_floats(1, ci)].
+constexpr int64_t winograd_amx_stride(int64_t ci) {
+  return winograd_stride(amx_panel_floats(1, ci));
+}
 
 // Computes a block, whose args are a convolution's with ci and co multiples of kConvPanel; adds
 // sums as ConvBlockFn does. False where a result is not finite: then an infinity or a NaN may have
 // spread to pixels of its tile that the convolution's own sum leaves alone.
 using WinogradBlockFn = bool (*)(const ConvArgs&, const WinogradBlock&, const WinogradScratch&,
                                  double* sums);
-
-// Splits [begin, end) of all panels' positions of packed kernels into parts.
-using WinogradSplitFn = void (*)(const float* packed, int64_t ci, float* parts, int64_t begin,
-                                 int64_t end);
 
 // The gradient of the kernels, the exact transpose of the forward F(4,3): patches of the input and
 // tiles of the output's gradient are transformed, multiplied over the tiles at each position, and

@@ -277,6 +277,17 @@ FASTRES_INLINE int64_t winograd_at(int i, int j, int line, int column, const Win
   return Line::room(i, j) * stride + (first + line * (Line::odd(j) ? width : 1) + column) * row;
 }
 
+// What a block asks for while it multiplies.
+struct WinogradAhead {
+  Prefetch input;     // of the next block
+  Prefetch residual;  // of this one
+
+  FASTRES_INLINE void part(int64_t i, int64_t parts) const {
+    input.part(i, parts);
+    residual.part(i, parts);
+  }
+};
+
 // Patches and products as floats. Its members are what winograd_block() needs of a form.
 template <int O, int S>
 struct WinogradFloats {
@@ -309,9 +320,9 @@ struct WinogradFloats {
     }
   }
 
-  // products[position][row][channel] for panels [panel0, panel1).
+  // products[position][row][channel] for panels [panel0, panel1). Asks for some of what comes next.
   void multiply(const ConvArgs& args, const WinogradRows& rows, int64_t panel0, int64_t panel1,
-                const WinogradScratch& scratch, const Prefetch& next_input) const {
+                const WinogradScratch& scratch, const WinogradAhead& ahead_of) const {
     constexpr int K = Line::kKernels;
     const int64_t all_panels = (args.co + kConvPanel - 1) / kConvPanel;
     const int64_t panel_floats = winograd_panel_floats(O, args.ci);
@@ -326,8 +337,8 @@ struct WinogradFloats {
       const float* kernels =
           args.weight + panel0 * panel_floats + pair * winograd_stride(args.ci * kConvPanel);
       for (int64_t c = 0; c < channels; c += kConvColumns) {
-        next_input.part((panel0 * kConvPanel * K * K + pair * channels + c) / kConvColumns,
-                        all_panels * kConvPanel * K * K / kConvColumns);
+        ahead_of.input.part((panel0 * kConvPanel * K * K + pair * channels + c) / kConvColumns,
+                            all_panels * kConvPanel * K * K / kConvColumns);
         const float* kernel = kernels + c / kConvPanel * panel_floats + c % kConvPanel;
         const bool both = channels - c >= kConvColumns;
         const float* next = c + kConvColumns < channels
@@ -404,54 +415,59 @@ WinogradRows winograd_patches(const ConvArgs& args, int64_t tile0, int64_t tile1
   return rows;
 }
 
-// Transforms the products back and stores them after the epilogue. Returns 0 in every lane, or
-// what is not finite there.
+// Transforms the products of channels [channel, channel + channels) back and stores them after the
+// epilogue. Returns 0 in every lane, or what is not finite there.
 template <typename T, int O, int S, bool kAffine, bool kResidual, bool kRelu>
 Floats winograd_store(const ConvArgs& args, const WinogradBlock& block, int64_t channel,
-                      const float* products, int64_t stride, double* sums) {
+                      int64_t channels, const float* products, int64_t stride, double* sums) {
   const int64_t plane = (args.co + kConvPanel - 1) / kConvPanel * kConvPanel;
-  const Floats scale = kAffine ? load(args.scale + channel) : Floats{};
-  const Floats shift = kAffine ? load(args.shift + channel) : Floats{};
   Floats bad = {};
   alignas(64) float pixels[O * O * kFloatLanes];
   WinogradRows rows;
   for (int64_t tile = block.tile0; tile < block.tile1; ++tile) {
     const WinogradPlace place = winograd_place<O>(args, tile);
-    Floats y[O * O];
-    winograd_pixels<O, S>(products, stride, rows, place, y);
-    rows.pass(place);
+    const bool whole = place.height == O && place.width == O;
+    const int64_t first = ((place.n * args.oh + place.h) * args.ow + place.w) * args.co + channel;
+    // All of a pixel's channels, which follow each other in memory, before the next tile's.
+    for (int64_t c = 0; c < channels; c += kFloatLanes) {
+      Floats y[O * O];
+      winograd_pixels<O, S>(products + c, stride, rows, place, y);
 #pragma GCC unroll 16
-    for (int i = 0; i < O * O; ++i) bad += y[i] * 0.0f;
-    const int64_t at = ((place.n * args.oh + place.h) * args.ow + place.w) * args.co + channel;
-    T* out = static_cast<T*>(args.output) + at;
-    const T* residual = static_cast<const T*>(args.residual) + (kResidual ? at : 0);
-    const auto put = [&](int i, int j) FASTRES_LAMBDA_INLINE {
-      const int64_t pixel = (i * args.ow + j) * args.co;
-      Floats v = y[i * O + j];
-      if (kAffine) v = v * scale + shift;
-      if (kResidual) v += load(residual + pixel);
-      if (kRelu) v = relu(v);
-      store(out + pixel, v, kVecIsLine && args.stream);
-    };
-    if (place.height == O && place.width == O) {
+      for (int i = 0; i < O * O; ++i) bad += y[i] * 0.0f;
+      const Floats scale = kAffine ? load(args.scale + channel + c) : Floats{};
+      const Floats shift = kAffine ? load(args.shift + channel + c) : Floats{};
+      const int64_t at = first + c;
+      T* out = static_cast<T*>(args.output) + at;
+      const T* residual = static_cast<const T*>(args.residual) + (kResidual ? at : 0);
+      const auto put = [&](int i, int j) FASTRES_LAMBDA_INLINE {
+        const int64_t pixel = (i * args.ow + j) * args.co;
+        Floats v = y[i * O + j];
+        if (kAffine) v = v * scale + shift;
+        if (kResidual) v += load(residual + pixel);
+        if (kRelu) v = relu(v);
+        store(out + pixel, v, kVecIsLine && args.stream);
+      };
+      if (whole) {
 #pragma GCC unroll 16
-      for (int i = 0; i < O * O; ++i) put(i / O, i % O);
-    } else {
+        for (int i = 0; i < O * O; ++i) put(i / O, i % O);
+      } else {
 #pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) {
+        for (int i = 0; i < O; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < O; ++j) {
-          if (i < place.height && j < place.width) put(i, j);
+          for (int j = 0; j < O; ++j) {
+            if (i < place.height && j < place.width) put(i, j);
+          }
         }
       }
-    }
-    if (sums != nullptr) {
-      int count = 0;
-      for (int i = 0; i < place.height; ++i) {
-        for (int j = 0; j < place.width; ++j) store(pixels + count++ * kFloatLanes, y[i * O + j]);
+      if (sums != nullptr) {
+        int count = 0;
+        for (int i = 0; i < place.height; ++i) {
+          for (int j = 0; j < place.width; ++j) store(pixels + count++ * kFloatLanes, y[i * O + j]);
+        }
+        conv_add_sums(pixels, count, kFloatLanes, sums + channel + c, plane);
       }
-      conv_add_sums(pixels, count, kFloatLanes, sums + channel, plane);
     }
+    rows.pass(place);
   }
   return bad;
 }
@@ -483,6 +499,20 @@ FASTRES_INLINE Prefetch winograd_next_input(const ConvArgs& args, const Winograd
   return {begin, dense ? end - begin : 0};
 }
 
+// The residual of the block, in whole lines.
+template <typename T, int O>
+FASTRES_INLINE Prefetch winograd_residual(const ConvArgs& args, const WinogradBlock& block) {
+  if (args.residual == nullptr) return {};
+  const WinogradPlace first = winograd_place<O>(args, block.tile0);
+  const WinogradPlace last = winograd_place<O>(args, block.tile1 - 1);
+  const int64_t line = args.ow * args.co;
+  const auto* begin = static_cast<const T*>(args.residual) + (first.n * args.oh + first.h) * line;
+  const auto* end =
+      static_cast<const T*>(args.residual) + (last.n * args.oh + last.h + last.height) * line;
+  return {reinterpret_cast<const char*>(begin),
+          reinterpret_cast<const char*>(end) - reinterpret_cast<const char*>(begin)};
+}
+
 template <typename T, int O, int S, typename Form>
 bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
                     const WinogradScratch& scratch, double* sums) {
@@ -490,16 +520,15 @@ bool winograd_block(const ConvArgs& args, const WinogradBlock& block,
   const Form form(tiles, args.ci);
   const WinogradRows rows =
       winograd_patches<T, O, S>(args, block.tile0, block.tile1, form, scratch.patches);
-  const Prefetch next_input = winograd_next_input<T, O, S>(args, block);
+  const WinogradAhead ahead = {winograd_next_input<T, O, S>(args, block),
+                               winograd_residual<T, O>(args, block)};
   const auto finish = winograd_store_of<T, O, S>(args);
   Floats bad = {};
   for (int64_t panel = block.panel0; panel < block.panel1; panel += kWinogradPanels) {
     const int64_t end = min(panel + kWinogradPanels, block.panel1);
-    form.multiply(args, rows, panel, end, scratch, next_input);
-    for (int64_t c = 0; c < (end - panel) * kConvPanel; c += kFloatLanes) {
-      bad += finish(args, block, panel * kConvPanel + c, scratch.products + c, form.product_stride,
-                    sums);
-    }
+    form.multiply(args, rows, panel, end, scratch, ahead);
+    bad += finish(args, block, panel * kConvPanel, (end - panel) * kConvPanel, scratch.products,
+                  form.product_stride, sums);
   }
   end_stream(args.stream);
   return all_zero(bad);
@@ -671,41 +700,48 @@ inline bool winograd_gradient_end(const WinogradGradientBlock& block, const floa
   return all_zero(bad);
 }
 
+// Transforms the kernels from input channel `i` to output channels [o, o + kFloatLanes): gives the
+// value at each line and column of kernels to `put`.
+template <int O, int S, typename Put>
+FASTRES_INLINE void winograd_kernels(const ConvWeight& w, int64_t i, int64_t o, const Put& put) {
+  constexpr int P = O + 2;
+  alignas(64) float taps[9][kFloatLanes];
+  for (int lane = 0; lane < kFloatLanes; ++lane) {
+    const float* kernel = w.data + (o + lane) * w.stride_o + i * w.stride_i;
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      taps[tap][lane] = kernel[tap / 3 * w.stride_h + tap % 3 * w.stride_w];
+    }
+  }
+  Floats half[3][P];
+#pragma GCC unroll 3
+  for (int h = 0; h < 3; ++h) {
+    const Floats g[3] = {load(taps[3 * h]), load(taps[3 * h + 1]), load(taps[3 * h + 2])};
+    Winograd<O, S>::kernel(g, half[h]);
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) {
+    const Floats g[3] = {half[0][j], half[1][j], half[2][j]};
+    Floats u[P];
+    Winograd<O, S>::kernel(g, u);
+#pragma GCC unroll 6
+    for (int k = 0; k < P; ++k) put(k, j, u[k]);
+  }
+}
+
 // w.kh and w.kw are 3; w.co and w.ci are multiples of kConvPanel.
 template <int O, int S>
 void winograd_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t panel1) {
   constexpr int P = O + 2;
   const int64_t stride = winograd_stride(w.ci * kConvPanel);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    const float* in = w.data + panel * kConvPanel * w.stride_o;
     float* out = packed + panel * winograd_panel_floats(O, w.ci);
     for (int64_t i = 0; i < w.ci; ++i) {
-      alignas(64) float taps[9][kConvPanel];
-      for (int o = 0; o < kConvPanel; ++o) {
-        const float* kernel = in + o * w.stride_o + i * w.stride_i;
-#pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) {
-          taps[tap][o] = kernel[tap / 3 * w.stride_h + tap % 3 * w.stride_w];
-        }
-      }
-      for (int o = 0; o < kConvPanel; o += kFloatLanes) {
-        Floats half[3][P];
-#pragma GCC unroll 3
-        for (int h = 0; h < 3; ++h) {
-          const Floats g[3] = {load(taps[3 * h] + o), load(taps[3 * h + 1] + o),
-                               load(taps[3 * h + 2] + o)};
-          Winograd<O, S>::kernel(g, half[h]);
-        }
-#pragma GCC unroll 6
-        for (int j = 0; j < P; ++j) {
-          const Floats g[3] = {half[0][j], half[1][j], half[2][j]};
-          Floats u[P];
-          Winograd<O, S>::kernel(g, u);
-#pragma GCC unroll 6
-          for (int k = 0; k < P; ++k) {
-            store(out + (k * P + j) * stride + i * kConvPanel + o, u[k]);
-          }
-        }
+      for (int64_t o = 0; o < kConvPanel; o += kFloatLanes) {
+        winograd_kernels<O, S>(
+            w, i, panel * kConvPanel + o, [&](int k, int j, Floats u) FASTRES_LAMBDA_INLINE {
+              store(out + (k * P + j) * stride + i * kConvPanel + o, u);
+            });
       }
     }
     for (int position = 0; position < P * P; ++position) {
