@@ -19,10 +19,6 @@ struct Plan {
   int64_t pixel_blocks() const { return image_blocks * row_blocks; }
 };
 
-// A block's input in parts, which stays in a second level cache of 2 MB beside the weights of two
-// panels. That bounds a thread's scratch, but for rows that are larger by themselves.
-constexpr int64_t kWindowFloats = 256 * 1024;
-
 // Images of one pixel are given to blocks by whole tiles.
 int64_t image_unit(const ConvShape& s) { return s.oh * s.ow == 1 ? kAmxRows : 1; }
 
@@ -60,7 +56,8 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan
 class Memory {
  public:
   Memory(const AmxWindow& window, int64_t tiles)
-      : window_(scratch_floats(window.floats())),
+      // Smaller blocks may be by columns where the largest is not.
+      : window_(scratch_floats(std::max(window.floats(), kAmxWindowFloats))),
         weights_(scratch_floats(
             window.parts == 1 ? 0  // they are not split
                               : 2 * amx_group_pairs(window.taps, window.channels, window.parts) *
@@ -99,7 +96,8 @@ Plan make_plan(const ConvShape& s, int parts, int64_t threads) {
       next = images < most_images ? std::min(2 * images, most_images) : most_images + 1;
       const auto fits = [&](const Plan& plan) {
         const int64_t rows = ceil_div(s.oh, plan.row_blocks);
-        return AmxWindow(args, images_of_block(s, plan), rows, parts).floats() <= kWindowFloats;
+        // That bounds a thread's scratch, but for rows that are larger by themselves.
+        return AmxWindow(args, images_of_block(s, plan), rows, parts).floats() <= kAmxWindowFloats;
       };
       Plan plan{ceil_div(units, images), 1, groups};
       while (plan.row_blocks < s.oh && !fits(plan)) ++plan.row_blocks;
@@ -213,7 +211,7 @@ bool amx_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype) {
   const AmxWindow window = window_of(s, dtype, band.rows);
   // Every band reads the weights anew, which is worth it for few.
   const int64_t pairs = ceil_div(s.panels(), 2);
-  return band.fits() && window.floats() <= kWindowFloats &&
+  return band.fits() && window.floats() <= kAmxWindowFloats &&
          pairs <= amx_group_pairs(window.taps, window.channels, window.parts);
 }
 

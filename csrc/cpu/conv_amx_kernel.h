@@ -68,13 +68,19 @@ constexpr bool amx_takes_rows(int64_t ci, int64_t kw) {
   return ci < kAmxRows && kw * ci >= kAmxRows && kw * ci <= kAmxDepth;
 }
 
+// Floats of a block's input that stay in a second level cache of 2 MB beside the weights of two
+// panels.
+inline constexpr int64_t kAmxWindowFloats = 256 * 1024;
+
 // A block's padded input, in bfloat16 parts: [phase][step][part][line][32 channels]. A phase holds
 // the pixels whose places in the window are equal modulo the stride; its lines are [row][column]
 // [image], so that neighbouring outputs of a row read neighbouring lines, whatever the tap.
+// By columns, a phase holds what a column of the kernel is multiplied by, of rows that are equal
+// modulo the stride, without padding between them: so all outputs' lines follow each other.
 // Where a step is a row of the kernel it is [part][row][column][channel], of one image: the lines
 // of neighbouring outputs begin at every stride-th pixel, and overlap.
 struct AmxWindow {
-  bool by_kernel_rows;
+  bool by_kernel_rows, by_columns;
   int parts;
   int64_t images, rows, columns;  // of a phase
   int64_t phases, steps;
@@ -83,7 +89,10 @@ struct AmxWindow {
   int64_t out_row;         // and from an output row's first line to the next one's
 
   constexpr AmxWindow(const ConvArgs& args, int64_t images_, int64_t out_rows, int parts_)
-      : by_kernel_rows(amx_takes_rows(args.ci, args.kw)), parts(parts_), images(images_) {
+      : by_kernel_rows(amx_takes_rows(args.ci, args.kw)),
+        by_columns(false),
+        parts(parts_),
+        images(images_) {
     if (by_kernel_rows) {
       rows = (out_rows - 1) * args.stride_h + args.kh;
       columns = (args.ow + kAmxRows - 1) / kAmxRows * kAmxRows;  // outputs, in whole tiles
@@ -102,7 +111,34 @@ struct AmxWindow {
       channels = args.ci;
       line = kAmxDepth;
       row = out_row = pitch() * line;
+      if (args.kw > 1) {
+        AmxWindow other = *this;
+        other.by_columns = true;
+        other.columns = args.ow;
+        other.phases = args.stride_h * args.kw;
+        other.row = other.out_row = other.pitch() * line;
+        const bool fits = other.floats() <= kAmxWindowFloats;
+        if (fits && other.last_alone(out_rows, args.ow)) *this = other;
+      }
     }
+  }
+
+  // Whether the last output would be a tile by itself, and the others are tiles that split weights:
+  // then its sum is made of what is split, beside the matrix unit.
+  constexpr bool last_alone(int64_t out_rows, int64_t ow) const {
+    const int64_t lines = out_rows * ow * images;
+    return parts > 1 && !by_kernel_rows && (out_rows == 1 || pitch() == ow * images) &&
+           lines % kAmxRows == 1 && lines > kAmxRows && lines < 4 * kAmxRows;
+  }
+
+  // Tiles for each row of outputs by itself, and for all their lines from the first to the last.
+  constexpr int64_t row_tiles(int64_t ow) const { return (ow * images + kAmxRows - 1) / kAmxRows; }
+  constexpr int64_t joint_tiles(int64_t out_rows, int64_t ow) const {
+    return ((out_rows - 1) * pitch() + ow * images + kAmxRows - 1) / kAmxRows;
+  }
+  constexpr int64_t tiles(int64_t out_rows, int64_t ow) const {
+    const int64_t apart = out_rows * row_tiles(ow), joint = joint_tiles(out_rows, ow);
+    return apart < joint ? apart : joint;
   }
 
   constexpr int64_t pitch() const { return columns * images; }

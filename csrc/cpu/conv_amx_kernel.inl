@@ -158,6 +158,55 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
   }
 }
 
+// As amx_fill_window, by columns.
+template <typename T, AmxLoad kLoad>
+void amx_fill_columns(const AmxConvArgs& all, const ConvBlock& block, const AmxWindow& window,
+                      float* to) {
+  const ConvArgs& args = all.conv;
+  constexpr int64_t line = kAmxDepth / 2;
+  const int64_t plane = window.plane(), parts = window.steps * kAmxPartsOf<T>;
+  const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
+  const int64_t width = (args.ow - 1) * args.stride_w + args.kw;
+  for (int64_t r = 0; r < height; ++r) {
+    const int64_t h = block.h0 * args.stride_h - args.pad_h + r;
+    float* const line_of_row = to + r % args.stride_h * args.kw * parts * plane +
+                               r / args.stride_h * window.pitch() * line;
+    for (int64_t n = 0; n < window.images; ++n) {
+      const int64_t row = (block.n0 + n) * args.input_stride_n + h * args.input_stride_h;
+      // Where the padded input's column c is for column v of the kernel, if an output reads it
+      // there.
+      const auto place = [&](int64_t c, int64_t v) FASTRES_LAMBDA_INLINE {
+        const int64_t out = (c - v) / args.stride_w;
+        return c < v || (c - v) % args.stride_w != 0 || out >= args.ow
+                   ? nullptr
+                   : line_of_row + v * parts * plane + (out * window.images + n) * line;
+      };
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t w = c - args.pad_w;
+        const bool inside = h >= 0 && h < args.ih && w >= 0 && w < args.iw;
+        const float* filled = nullptr;
+        for (int64_t v = 0; v < args.kw; ++v) {
+          float* const pixel = place(c, v);
+          if (pixel == nullptr) continue;
+          if (!inside) {
+            for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
+          } else if (filled == nullptr) {
+            const int64_t at = row + w * args.input_stride_w;
+            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at,
+                                     static_cast<const T*>(all.z) + (all.z == nullptr ? 0 : at),
+                                     pixel, plane);
+            filled = pixel;
+          } else {
+            for (int64_t p = 0; p < parts; ++p) {
+              store(pixel + p * plane, load(filled + p * plane));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // As amx_fill_window, where a step is a row of the kernel. The rest of a row's last step is
 // multiplied by zeros.
 template <typename T>
@@ -219,15 +268,41 @@ struct AmxDepth {
   int64_t panel_parts;    // floats from a panel's parts to the next panel's
 };
 
-// Splits pairs of input channels: `in` holds `depth` input channels of 16 output channels each, the
-// pairs' others are zero.
-FASTRES_INLINE void amx_split_weights(const float* in, int64_t depth, int pairs, float* to) {
+// A pixel whose sums are made by multiply-adds, of 16 output channels: its numbers in a step, and
+// its sums, several since an addition waits for the one before.
+struct AmxPixel {
+  static constexpr int kSums = 4;
+  alignas(64) float numbers[kAmxDepth];
+  Floats sums[kSums];
+
+  // The numbers whose parts are at `line` and every `plane` floats on.
+  FASTRES_INLINE void gather(const uint16_t* line, int64_t plane) {
+    for (int v = 0; v < kAmxDepth; v += kFloatLanes) {
+      Floats x = {};
+#pragma GCC unroll 3
+      for (int part = kAmxParts - 1; part >= 0; --part) {
+        x += load(reinterpret_cast<const bfloat16*>(line + 2 * part * plane + v));
+      }
+      store(numbers + v, x);
+    }
+  }
+
+  FASTRES_INLINE void add(int pair, Floats even, Floats odd) {
+    Floats& sum = sums[pair % kSums];
+    sum += even * splat(numbers[2 * pair]);
+    sum += odd * splat(numbers[2 * pair + 1]);
+  }
+};
+
+// Splits pairs of input channels of 16 output channels each, which are pairs `first` and so on of
+// `pixel`, if there is one.
+FASTRES_INLINE void amx_split_weights(const float* in, int pairs, float* to, AmxPixel* pixel,
+                                      int first) {
   for (int p = 0; p < pairs; ++p) {
-    Floats even = {}, odd = {};
-    if (2 * p < depth) even = load(in + 2 * p * kConvPanel);
-    if (2 * p + 1 < depth) odd = load(in + (2 * p + 1) * kConvPanel);
+    const Floats even = load(in + 2 * p * kConvPanel), odd = load(in + (2 * p + 1) * kConvPanel);
     amx_split_pairs<false>(reinterpret_cast<uint16_t*>(to + p * kConvPanel), 2 * kAmxTile, even,
                            odd);
+    if (pixel != nullptr) pixel->add(first + p, even, odd);
   }
 }
 
@@ -282,13 +357,15 @@ FASTRES_INLINE void amx_store_tiles(float* out, int64_t row) {
 // Sums of R tiles of pixels by C of channels into `out`, `row` floats a pixel. `parts` are the
 // weights' parts; with kSplit they are made on the way from the packed `weight`, a step ahead of
 // their use, and are kept, all or with `ring` the last two steps'. The matrix unit hides what that
-// takes where four tiles of pixels share the weights.
-template <int R, int C, bool kSplit>
+// takes where four tiles of pixels share the weights. With kPixel the first pixel of one more tile
+// is added up on the way, too.
+template <int R, int C, bool kSplit, bool kPixel = false>
 __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
                                          const int64_t* starts, const float* weight, float* parts,
                                          bool ring, float* out, int64_t row,
                                          AmxMeanwhile& meanwhile) {
   static_assert(C == 1 ? R <= 4 : C == 2 && R <= 2 && !kSplit);
+  static_assert(!kPixel || (kSplit && R < 4));
   constexpr int kStride = 64;  // bytes of a tile's row of weights
   // A tile that is stored when none was for a hundred products or more takes the time of 50
   // products (measured on a Xeon of 2.6 GHz with 2 MB of second level cache a core). One that is
@@ -299,15 +376,26 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
   if (R > 1) _tile_zero(2);
   if (R > 1) _tile_zero(3);
   int64_t split_steps = 0;
+  AmxPixel pixel;
+  const uint16_t* pixel_step = reinterpret_cast<const uint16_t*>(window) + (kPixel ? starts[R] : 0);
+  int64_t pixel_tap = 0;
+  if constexpr (kPixel) {
+    for (Floats& sum : pixel.sums) sum = Floats{};
+  }
   const auto split = [&](int quarter) FASTRES_LAMBDA_INLINE {
     if (!kSplit || split_steps == d.steps * d.taps) return;
     constexpr int streams = kAmxStreams / 4, pairs = kAmxStreamDepth / 2;
     float* step = parts + (ring ? split_steps % 2 : split_steps) * kAmxStep;
+    if (kPixel && quarter == 0) pixel.gather(pixel_step + d.places[pixel_tap], d.plane);
     for (int i = quarter * streams; i < (quarter + 1) * streams; ++i) {
-      amx_split_weights(weight + (i * d.steps * d.taps + split_steps) * kAmxStreamStep,
-                        kAmxStreamDepth, pairs, step + i * pairs * kConvPanel);
+      amx_split_weights(weight + (i * d.steps * d.taps + split_steps) * kAmxStreamStep, pairs,
+                        step + i * pairs * kConvPanel, kPixel ? &pixel : nullptr, i * pairs);
     }
     if (quarter == 3) ++split_steps;
+    if (kPixel && quarter == 3 && ++pixel_tap == d.taps) {
+      pixel_tap = 0;
+      pixel_step += d.step;
+    }
   };
   for (int quarter = 0; quarter < 4; ++quarter) split(quarter);
   const uint16_t* step = reinterpret_cast<const uint16_t*>(window);
@@ -375,6 +463,10 @@ __attribute__((noinline)) void amx_tiles(const AmxDepth& d, const float* window,
     }
   }
   amx_store_tiles<R, C>(out, row);
+  if constexpr (kPixel) {
+    store(out + R * kAmxRows * row,
+          (pixel.sums[0] + pixel.sums[1]) + (pixel.sums[2] + pixel.sums[3]));
+  }
 }
 
 // As amx_tiles, for numbers of one part: the packed `weight` is what is multiplied.
@@ -416,11 +508,8 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
                                const AmxWindow& window, const AmxScratch& scratch) {
   const ConvArgs& args = all.conv;
   const int64_t row = args.ow * window.images, rows = block.h1 - block.h0;
-  const int64_t row_tiles = (row + kAmxRows - 1) / kAmxRows;
-  const int64_t whole = (rows - 1) * window.pitch() + row;
-  const int64_t all_tiles = (whole + kAmxRows - 1) / kAmxRows;
-  const bool by_row = rows * row_tiles <= all_tiles;
-  const int64_t tiles = by_row ? rows * row_tiles : all_tiles;
+  const int64_t row_tiles = window.row_tiles(args.ow), tiles = window.tiles(rows, args.ow);
+  const bool by_row = tiles == rows * row_tiles;
   int64_t* offset = scratch.offsets;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t h = by_row ? t / row_tiles : t * kAmxRows / window.pitch();
@@ -544,9 +633,12 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   if (window.by_kernel_rows) {
     amx_fill_rows<T>(args, block, window, scratch.window);
   } else {
-    const auto fill = all.z != nullptr          ? amx_fill_window<T, AmxLoad::gradient>
-                      : args.in_mean != nullptr ? amx_fill_window<T, AmxLoad::prologue>
-                                                : amx_fill_window<T, AmxLoad::plain>;
+    const auto fill_by = [&]<AmxLoad kLoad>() FASTRES_LAMBDA_INLINE {
+      return window.by_columns ? amx_fill_columns<T, kLoad> : amx_fill_window<T, kLoad>;
+    };
+    const auto fill = all.z != nullptr          ? fill_by.template operator()<AmxLoad::gradient>()
+                      : args.in_mean != nullptr ? fill_by.template operator()<AmxLoad::prologue>()
+                                                : fill_by.template operator()<AmxLoad::plain>();
     fill(all, block, window, scratch.window);
   }
   const int64_t tiles = amx_place_tiles(all, block, window, scratch);
@@ -555,9 +647,11 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   const int64_t stride_h = window.by_kernel_rows ? 1 : args.stride_h, stride_w = args.stride_w;
   for (int64_t tap = 0; tap < window.taps; ++tap) {
     const int64_t h = tap / kw, v = tap % kw;
-    const int64_t phase = h % stride_h * stride_w + v % stride_w;
+    const int64_t phase =
+        h % stride_h * (window.by_columns ? kw : stride_w) + (window.by_columns ? v : v % stride_w);
+    const int64_t column = window.by_columns ? 0 : v / stride_w;
     scratch.places[tap] = 2 * phase * window.steps * kParts * window.plane() +
-                          h / stride_h * window.row + v / stride_w * window.images * window.line;
+                          h / stride_h * window.row + column * window.images * window.line;
   }
   const AmxDepth depth = {.steps = window.steps,
                           .taps = window.taps,
@@ -639,10 +733,12 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
       // The first tiles are those that split the weights; the others come in pairs.
       const int first = static_cast<int>(tiles <= 4 ? tiles : 4 - tiles % 2);
       const bool ring = tiles <= 4;
-      const auto multiply = first == 4   ? amx_tiles<4, 1, true>
-                            : first == 3 ? amx_tiles<3, 1, true>
-                            : first == 2 ? amx_tiles<2, 1, true>
-                                         : amx_tiles<1, 1, true>;
+      const bool alone = window.last_alone(block.h1 - block.h0, args.ow);
+      const auto multiply =
+          first == 4   ? alone ? amx_tiles<3, 1, true, true> : amx_tiles<4, 1, true>
+          : first == 3 ? alone ? amx_tiles<2, 1, true, true> : amx_tiles<3, 1, true>
+          : first == 2 ? alone ? amx_tiles<1, 1, true, true> : amx_tiles<2, 1, true>
+                       : amx_tiles<1, 1, true>;
       for (int64_t c = group0; c < group1; c += kConvPanel) {
         const auto split = [&](const int64_t* starts, float* to) {
           multiply(depth, scratch.window, starts, packed_of(c), parts_of(c), ring, to, kConvColumns,

@@ -170,9 +170,8 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   const int64_t tiles = tile_count(s, tile), positions = position_count(s, tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
   const int64_t rows = amx ? kAmxRows : block_tiles;
-  const int64_t patches =
-      positions *
-      (amx ? winograd_amx_stride(s.ci) : winograd_stride(block_tiles * winograd_row(s.ci)));
+  const int64_t patches = positions * (amx ? winograd_amx_stride(s.ci)
+                                           : winograd_stride(block_tiles * winograd_row(s.ci)));
   const int64_t products =
       positions * winograd_stride(rows * winograd_row(kWinogradPanels * kConvPanel));
   const auto& blocks = amx ? table.winograd_amx_block : table.winograd_block[s.stride[0] - 1];

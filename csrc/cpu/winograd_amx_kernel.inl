@@ -133,9 +133,8 @@ void winograd_amx_pack(const ConvWeight& w, float* packed, int64_t panel0, int64
       Floats pair[2][kPositions] = {};
       for (int64_t c = i; c < min(i + 2, w.ci); ++c) {
         winograd_kernels<O, 1>(w, c, panel * kConvPanel,
-                               [&](int k, int j, Floats u) FASTRES_LAMBDA_INLINE {
-                                 pair[c - i][k * (O + 2) + j] = u;
-                               });
+                               [&](int k, int j, Floats u)
+                                   FASTRES_LAMBDA_INLINE { pair[c - i][k * (O + 2) + j] = u; });
       }
       float* to = out + i / kAmxDepth * kAmxStep + i % kAmxDepth / 2 * kConvPanel;
       for (int position = 0; position < kPositions; ++position, to += stride) {

@@ -738,10 +738,10 @@ void winograd_pack(const ConvWeight& w, float* packed, int64_t panel0, int64_t p
     float* out = packed + panel * winograd_panel_floats(O, w.ci);
     for (int64_t i = 0; i < w.ci; ++i) {
       for (int64_t o = 0; o < kConvPanel; o += kFloatLanes) {
-        winograd_kernels<O, S>(
-            w, i, panel * kConvPanel + o, [&](int k, int j, Floats u) FASTRES_LAMBDA_INLINE {
-              store(out + (k * P + j) * stride + i * kConvPanel + o, u);
-            });
+        winograd_kernels<O, S>(w, i, panel * kConvPanel + o,
+                               [&](int k, int j, Floats u) FASTRES_LAMBDA_INLINE {
+                                 store(out + (k * P + j) * stride + i * kConvPanel + o, u);
+                               });
       }
     }
     for (int position = 0; position < P * P; ++position) {
