@@ -328,7 +328,7 @@ def test_every_form_serves_every_size(
         assert relative_error(y, F.conv2d(x.double(), weight.double(), None, *geometry[:2])) < 3e-6
 
 
-@pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96)])
+@pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96), (32, 112)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -352,6 +352,45 @@ def test_few_matrix_tiles(algorithm: str, size: int, monkeypatch: pytest.MonkeyP
     problem = Problem(Conv("tiles", 70, 80, 3, 1, size), torch.float32)
     check_inference(problem, True)
     check_training(problem, True)
+
+
+@pytest.mark.parametrize("algorithm", [AMX])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (2, 3, 0), (5, 2, 4)]
+)
+@pytest.mark.parametrize(("n", "out"), [(1, 7), (33, 1), (17, 1)])
+def test_one_pixel_more_than_whole_matrix_tiles(
+    n: int, out: int, kernel: int, stride: int, padding: int, algorithm: str, threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is added up beside the matrix unit."""
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
+    size = (out - 1) * stride + kernel - 2 * padding
+    if size < 1:
+        pytest.skip("there is no such input")
+    x, weight = torch.randn(n, 72, size, size), torch.randn(40, 72, kernel, kernel)
+    vectors, shortcut = torch.rand(4, 40) + 0.5, torch.randn(n, 40, out, out)
+    geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    args = (x, weight, None, *vectors)
+    for residual in (None, shortcut):
+        y = conv_bn_relu(*args, 1e-5, residual, *geometry, False, None)
+        exact = reference.conv_bn_relu(
+            *(None if a is None else a.double() for a in args),
+            1e-5, None if residual is None else residual.double(), *geometry, False, None,
+        )  # fmt: skip
+        assert relative_error(y, exact) < 6e-7
+        assert (y - exact)[-1, :, -1, -1].norm() < 6e-7 * exact[-1, :, -1, -1].norm()
+    z, mean, var = conv_stats(x, weight, *vectors[:, :1].expand(4, 72), 1e-5, *geometry)
+    exact_z, exact_mean, exact_var = reference.conv_stats(
+        x.double(), weight.double(), *vectors[:, :1].expand(4, 72).double(), 1e-5, *geometry
+    )
+    assert relative_error(z, exact_z) < 6e-7
+    assert (mean - exact_mean).norm() < 1e-6 * exact_z.norm()
+    assert relative_error(var, exact_var) < 1e-6
+    x[-1, 5, -1, -1] = float("nan")
+    y = conv_bn_relu(*args, 1e-5, None, *geometry, False, None)
+    nan = F.conv2d(x, weight, None, *geometry[:2]).isnan()
+    assert nan.any() and y.isnan().equal(nan)
 
 
 def test_input_size_of_packing() -> None:
