@@ -56,8 +56,7 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan
 class Memory {
  public:
   Memory(const AmxWindow& window, int64_t tiles)
-      // Smaller blocks may be by columns where the largest is not.
-      : window_(scratch_floats(std::max(window.floats(), kAmxWindowFloats))),
+      : window_(scratch_floats(most_floats(window))),
         weights_(scratch_floats(
             window.parts == 1 ? 0  // they are not split
                               : 2 * amx_group_pairs(window.taps, window.channels, window.parts) *
@@ -71,6 +70,12 @@ class Memory {
   }
 
  private:
+  // Smaller blocks may be by columns where the largest is not.
+  static int64_t most_floats(const AmxWindow& window) {
+    const bool columns = window.taps > 1 && window.parts > 1 && !window.by_kernel_rows;
+    return std::max(window.floats(), columns ? kAmxWindowFloats : 0);
+  }
+
   Scratch window_, weights_;
   std::vector<int64_t> starts_, offsets_, places_;
 };

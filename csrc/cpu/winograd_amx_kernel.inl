@@ -31,14 +31,16 @@ FASTRES_INLINE void winograd_products(const float* v, const float* u, int64_t pa
       if (kPanels > 1) _tile_dpbf16ps(3, 5, 7);
     }
   };
+  // The smallest products first.
   _tile_loadd(4, v + 2 * kAmxTile, kStride);
   kernels(0), by_even_part();
   _tile_loadd(5, v + kAmxTile, kStride);
   by_middle_part();
+  kernels(1), by_middle_part();
   _tile_loadd(4, v, kStride);
   by_even_part();
-  kernels(1), by_middle_part(), by_even_part();
   kernels(2), by_even_part();
+  kernels(0), by_even_part();
 }
 
 // The sums of 16 patches' products by C panels of kernels into `out`. Panels come in pairs: the
