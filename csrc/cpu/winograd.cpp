@@ -63,7 +63,7 @@ int64_t parts_floats(const ConvShape& s, int tile) {
 
 // Whether the products are the matrix unit's. The parts of all the kernels must fit into a second
 // level cache of 2 MB beside a block's patches and products (from beyond it they come too slowly),
-// and there must be enough tiles to repay the splitting.
+// and there must be enough tiles to repay reading them.
 bool on_amx(const ConvShape& s, int tile) {
   constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 128;
   return kernels().winograd_amx_block[0][0] != nullptr && s.stride[0] == 1 &&

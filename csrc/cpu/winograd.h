@@ -17,7 +17,8 @@ FASTRES_EXPORTED void set_winograd_allowed(bool allowed);
 // Whether the kernels take this shape, and are allowed.
 bool winograd_fits(const ConvShape& s);
 
-// Length of the packed kernels for output tiles of `tile` (4 or 2) pixels squared.
+// Length of the packed kernels for output tiles of `tile` (4 or 2) pixels squared. Their form
+// depends on whether the matrix unit multiplies, and so on the number of tiles.
 int64_t winograd_packed_floats(const ConvShape& s, int tile);
 
 void winograd_pack(const ConvWeight& weight, const ConvShape& s, int tile, float* packed);
