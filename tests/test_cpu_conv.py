@@ -358,18 +358,18 @@ def test_few_matrix_tiles(algorithm: str, size: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (2, 3, 0), (5, 2, 4)]
 )
-@pytest.mark.parametrize(("n", "out"), [(1, 7), (33, 1), (17, 1)])
+@pytest.mark.parametrize(("n", "out"), [(1, (7, 7)), (33, (1, 1)), (17, (1, 1)), (1, (3, 11))])
 def test_one_pixel_more_than_whole_matrix_tiles(
-    n: int, out: int, kernel: int, stride: int, padding: int, algorithm: str, threads: int,
-    monkeypatch: pytest.MonkeyPatch,
+    n: int, out: tuple[int, int], kernel: int, stride: int, padding: int, algorithm: str,
+    threads: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """It is added up beside the matrix unit."""
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
-    size = (out - 1) * stride + kernel - 2 * padding
-    if size < 1:
+    size = [(pixels - 1) * stride + kernel - 2 * padding for pixels in out]
+    if min(size) < 1:
         pytest.skip("there is no such input")
-    x, weight = torch.randn(n, 72, size, size), torch.randn(40, 72, kernel, kernel)
-    vectors, shortcut = torch.rand(4, 40) + 0.5, torch.randn(n, 40, out, out)
+    x, weight = torch.randn(n, 72, *size), torch.randn(40, 72, kernel, kernel)
+    vectors, shortcut = torch.rand(4, 40) + 0.5, torch.randn(n, 40, *out)
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
     args = (x, weight, None, *vectors)
     for residual in (None, shortcut):

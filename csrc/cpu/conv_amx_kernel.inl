@@ -509,7 +509,7 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
   const ConvArgs& args = all.conv;
   const int64_t row = args.ow * window.images, rows = block.h1 - block.h0;
   const int64_t row_tiles = window.row_tiles(args.ow), tiles = window.tiles(rows, args.ow);
-  const bool by_row = tiles == rows * row_tiles;
+  const bool by_row = !window.last_alone(rows, args.ow) && tiles == rows * row_tiles;
   int64_t* offset = scratch.offsets;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t h = by_row ? t / row_tiles : t * kAmxRows / window.pitch();
