@@ -328,7 +328,9 @@ def test_every_form_serves_every_size(
         assert relative_error(y, F.conv2d(x.double(), weight.double(), None, *geometry[:2])) < 3e-6
 
 
-@pytest.mark.parametrize(("c_in", "c_out"), [(64, 64), (48, 80), (16, 96), (32, 112)])
+@pytest.mark.parametrize(
+    ("c_in", "c_out"), [(64, 64), (48, 80), (16, 96), (32, 112), (128, 144), (144, 112)]
+)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("tile", ["winograd4", "winograd2"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,7 +338,9 @@ def test_many_winograd_tiles(
     dtype: torch.dtype, tile: str, stride: int, c_in: int, c_out: int, threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """So many that the matrix unit multiplies them, where there is one."""
+    """So many that the matrix unit multiplies them, where there is one: 16 at a time, or 32 where
+    the kernels are many.
+    """
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", tile)
     problem = Problem(Conv("many", c_in, c_out, 3, stride, 23, n=9), dtype)
     check_inference(problem, True)
@@ -346,10 +350,14 @@ def test_many_winograd_tiles(
 
 @pytest.mark.parametrize("algorithm", [AMX])
 @pytest.mark.parametrize("size", range(3, 11))
-def test_few_matrix_tiles(algorithm: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_matrix_tiles(
+    dtype: torch.dtype, stride: int, size: int, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From one tile of pixels to eight, of which the first split the weights for the others."""
     monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
-    problem = Problem(Conv("tiles", 70, 80, 3, 1, size), torch.float32)
+    problem = Problem(Conv("tiles", 70, 80, 3, stride, size * stride), dtype)
     check_inference(problem, True)
     check_training(problem, True)
 

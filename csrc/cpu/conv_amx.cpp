@@ -72,7 +72,7 @@ class Memory {
  private:
   // Smaller blocks may be by columns where the largest is not.
   static int64_t most_floats(const AmxWindow& window) {
-    const bool columns = window.taps > 1 && window.parts > 1 && !window.by_kernel_rows;
+    const bool columns = window.taps > 1 && !window.by_kernel_rows;
     return std::max(window.floats(), columns ? kAmxWindowFloats : 0);
   }
 

@@ -117,8 +117,11 @@ struct AmxWindow {
         other.columns = args.ow;
         other.phases = args.stride_h * args.kw;
         other.row = other.out_row = other.pitch() * line;
+        // Filling it takes kw times as many copies, which less than an eighth of the tiles does not
+        // repay.
+        const bool fewer = 8 * other.tiles(out_rows, args.ow) <= 7 * tiles(out_rows, args.ow);
         const bool fits = other.floats() <= kAmxWindowFloats;
-        if (fits && other.last_alone(out_rows, args.ow)) *this = other;
+        if (fits && (fewer || other.last_alone(out_rows, args.ow))) *this = other;
       }
     }
   }

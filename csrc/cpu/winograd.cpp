@@ -61,11 +61,11 @@ int64_t parts_floats(const ConvShape& s, int tile) {
   return kernel_count(tile) * s.panels() * amx_panel_floats(1, s.ci);
 }
 
-// Whether the products are the matrix unit's. The parts of all the kernels must fit into a second
-// level cache of 2 MB beside a block's patches and products (from beyond it they come too slowly),
-// and there must be enough tiles to repay reading them.
+// Whether the products are the matrix unit's. There must be enough tiles to repay reading the parts
+// of all the kernels, and where no second level cache holds these, blocks of them must take longer
+// than reading them.
 bool on_amx(const ConvShape& s, int tile) {
-  constexpr int64_t most_floats = 256 * 1024, fewest_tiles = 128;
+  constexpr int64_t most_floats = 1024 * 1024, fewest_tiles = 128;
   return kernels().winograd_amx_block[0][0] != nullptr && s.stride[0] == 1 &&
          parts_floats(s, tile) <= most_floats && tile_count(s, tile) >= fewest_tiles;
 }
@@ -85,7 +85,12 @@ struct Plan {
 
 // The most tiles of a block, whose patches and products stay in the second level cache.
 int64_t most_tiles(const ConvShape& s, int tile, const KernelTable& table) {
-  if (on_amx(s, tile)) return kAmxRows;
+  if (on_amx(s, tile)) {
+    // A second level cache of 2 MB holds so many kernels beside the patches and products of 16
+    // tiles. More come from beyond it for every block, which is then as large as it still holds.
+    constexpr int64_t stay_floats = 256 * 1024;
+    return parts_floats(s, tile) <= stay_floats ? kAmxRows : 2 * kAmxRows;
+  }
   // Beside a position's kernels; but with many channels a block is still tall enough to repay
   // reading the kernels.
   const int64_t tile_bytes = 4 * position_count(s, tile) *
@@ -169,8 +174,8 @@ std::optional<std::vector<double>> run_winograd(ConvArgs args, const ConvShape& 
   const Plan plan = make_plan(s, tile, table, thread_count());
   const int64_t tiles = tile_count(s, tile), positions = position_count(s, tile);
   const int64_t block_tiles = ceil_div(tiles, plan.tile_blocks);
-  const int64_t rows = amx ? kAmxRows : block_tiles;
-  const int64_t patches = positions * (amx ? winograd_amx_stride(s.ci)
+  const int64_t rows = amx ? winograd_amx_groups(block_tiles) * kAmxRows : block_tiles;
+  const int64_t patches = positions * (amx ? winograd_amx_stride(block_tiles, s.ci)
                                            : winograd_stride(block_tiles * winograd_row(s.ci)));
   const int64_t products =
       positions * winograd_stride(rows * winograd_row(kWinogradPanels * kConvPanel));

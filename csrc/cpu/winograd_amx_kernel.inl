@@ -65,21 +65,49 @@ __attribute__((noinline)) void winograd_tiles(const float* v, const float* u, in
   if (C > 3) _tile_stored(3, out + 3 * kAmxRows, row);
 }
 
+// The same of 32 patches, the second 16 amx_panel_floats() after the first, and any number of
+// panels. Where kernels come from beyond the second level cache, this reads them half as often; two
+// of each at a time take the fewest reads of that cache.
+inline void winograd_tile_pairs(const float* v, const float* u, int64_t steps, int64_t panels,
+                                float* out) {
+  static constexpr int64_t place = 0;
+  const int64_t panel = steps * kAmxStep;
+  const int64_t starts[] = {0, 2 * panel};
+  const AmxDepth depth = {.steps = steps,
+                          .taps = 1,
+                          .places = &place,
+                          .line = kAmxDepth,
+                          .step = 2 * kAmxStep,
+                          .plane = kAmxTile,
+                          .panel_parts = panel};
+  AmxMeanwhile nothing{};
+  for (int64_t i = 0; i < panels; i += 2) {
+    const auto multiply = panels - i > 1 ? amx_tiles<2, 2, false> : amx_tiles<2, 1, false>;
+    multiply(depth, v, starts, nullptr, const_cast<float*>(u + i * panel), false,
+             out + i * kConvPanel, kWinogradProductRow, nothing);
+  }
+}
+
 // The form of winograd_block() whose patches and kernels are bfloat16 parts.
 template <int O>
 struct WinogradParts {
   static constexpr int kPositions = (O + 2) * (O + 2);
-  int64_t stride;  // of patches: from a position to the next
-  static constexpr int64_t product_stride = winograd_stride(kAmxRows * kWinogradProductRow);
+  int64_t groups;          // of tiles
+  int64_t stride;          // of patches: from a position to the next
+  int64_t product_stride;  // of products: from a position to the next
 
-  WinogradParts(int64_t, int64_t ci) : stride(winograd_amx_stride(ci)) {}
+  WinogradParts(int64_t tiles, int64_t ci)
+      : groups(winograd_amx_groups(tiles)),
+        stride(winograd_amx_stride(tiles, ci)),
+        product_stride(winograd_stride(groups * kAmxRows * kWinogradProductRow)) {}
 
   template <typename T, bool kWhole, bool kPrologue>
   __attribute__((noinline)) static void patch(const WinogradParts& to, const ConvArgs& args,
                                               const T* in, unsigned lines, unsigned columns,
                                               const WinogradRows& rows, const WinogradPlace&,
                                               float* v) {
-    v += rows.count[0][0] * (kAmxDepth / 2);
+    const int64_t tile = rows.count[0][0];
+    v += tile / kAmxRows * amx_panel_floats(1, args.ci) + tile % kAmxRows * (kAmxDepth / 2);
     for (int64_t c = 0; c < args.ci; c += kAmxDepth, v += kAmxStep) {
       Floats first[kPositions];
       winograd_transform<T, O, 1, kWhole, kPrologue>(
@@ -103,6 +131,7 @@ struct WinogradParts {
   void multiply(const ConvArgs& args, const WinogradRows&, int64_t panel0, int64_t panel1,
                 const WinogradScratch& scratch, const WinogradAhead& ahead) const {
     const int64_t steps = amx_steps(args.ci), panels = panel1 - panel0;
+    const int64_t group_floats = steps * kAmxStep;
     const int64_t all_panels = (args.co + kConvPanel - 1) / kConvPanel;
     const auto compute = panels == 1   ? winograd_tiles<1>
                          : panels == 2 ? winograd_tiles<2>
@@ -111,9 +140,17 @@ struct WinogradParts {
     static constexpr AmxConfig config{};
     _tile_loadconfig(&config);
     for (int position = 0; position < kPositions; ++position) {
-      const int64_t panel = position * all_panels + panel0;
-      compute(scratch.patches + position * stride, args.weight + panel * steps * kAmxStep, steps,
-              scratch.products + position * product_stride);
+      const float* v = scratch.patches + position * stride;
+      const float* u = args.weight + (position * all_panels + panel0) * steps * kAmxStep;
+      float* out = scratch.products + position * product_stride;
+      int64_t group = 0;
+      for (; group + 1 < groups; group += 2) {
+        winograd_tile_pairs(v + group * group_floats, u, steps, panels,
+                            out + group * kAmxRows * kWinogradProductRow);
+      }
+      if (group < groups) {
+        compute(v + group * group_floats, u, steps, out + group * kAmxRows * kWinogradProductRow);
+      }
       const int64_t part = (panel0 * kPositions + position * panels) / kWinogradPanels;
       ahead.part(part, all_panels * kPositions / kWinogradPanels);
     }

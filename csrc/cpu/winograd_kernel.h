@@ -44,18 +44,21 @@ struct WinogradBlock {
 inline constexpr int64_t kWinogradPanels = 4;
 
 struct WinogradScratch {
-  float* patches;   // P * P * winograd_stride(tiles * winograd_row(ci)), or winograd_amx_stride(ci)
+  // P * P * winograd_stride(tiles * winograd_row(ci)), or winograd_amx_stride(tiles, ci).
+  float* patches;
   float* products;  // P * P * winograd_stride(tiles * winograd_row(kWinogradPanels * kConvPanel))
 };
 
 // Floats from one tile to the next.
 constexpr int64_t winograd_row(int64_t channels) { return channels + 16; }
 
-// With AMX, a block is kAmxRows tiles at most, for which patches and products have room. Patches
-// are [position][step][part][tile][32 channels] in bfloat16 parts, the positions so many floats
-// apart; args.weight is the kernels' parts, [position][panel][amx_panel_floats(1, ci)].
-constexpr int64_t winograd_amx_stride(int64_t ci) {
-  return winograd_stride(amx_panel_floats(1, ci));
+// With AMX, a block's tiles are groups of kAmxRows; patches and products have room for whole ones.
+// Patches are [position][group][step][part][tile][32 channels] in bfloat16 parts, the positions so
+// many floats apart; args.weight is the kernels' parts, [position][panel][amx_panel_floats(1, ci)].
+constexpr int64_t winograd_amx_groups(int64_t tiles) { return (tiles + kAmxRows - 1) / kAmxRows; }
+
+constexpr int64_t winograd_amx_stride(int64_t tiles, int64_t ci) {
+  return winograd_stride(winograd_amx_groups(tiles) * amx_panel_floats(1, ci));
 }
 
 // Computes a block, whose args are a convolution's with ci and co multiples of kConvPanel; adds
