@@ -12,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <numeric>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -54,6 +55,7 @@ size_t initial_limit() {
 struct Block {
   void* data;
   size_t bytes;
+  std::thread::id user = {};  // who gave it back
 };
 
 // Memory that the system is asked to back with huge pages, where it has them: a network's weights
@@ -147,14 +149,20 @@ class Mappings {
 
 class Pool {
  public:
-  // The smallest kept block that holds `bytes` and is not so large that another would miss it; of
-  // equal ones the newest, which may be in a cache still.
+  // A kept block that holds `bytes` and is not so large that another would miss it: one that this
+  // thread gave back, since another's may be in the cache of another core; of those the smallest,
+  // and of equal ones the newest, which may be in a cache still.
   Block take(size_t bytes) {
+    const auto user = std::this_thread::get_id();
     const std::lock_guard lock(mutex_);
     auto best = kept_.end();
+    const auto better = [&](const Block& a, const Block& b) {
+      const bool own_a = a.user == user, own_b = b.user == user;
+      return own_a != own_b ? own_a : a.bytes <= b.bytes;
+    };
     for (auto it = kept_.begin(); it != kept_.end(); ++it) {
       const bool fits = it->bytes >= bytes && it->bytes / 2 <= bytes;
-      if (fits && (best == kept_.end() || it->bytes <= best->bytes)) best = it;
+      if (fits && (best == kept_.end() || better(*it, *best))) best = it;
     }
     if (best == kept_.end()) {
       // Where nothing is kept, malloc's own memory is cheaper than a mapping.
@@ -167,6 +175,7 @@ class Pool {
   }
 
   void give(Block block) {
+    block.user = std::this_thread::get_id();
     const std::lock_guard lock(mutex_);
     kept_.push_back(block);
     kept_bytes_ += block.bytes;
