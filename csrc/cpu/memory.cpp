@@ -149,20 +149,20 @@ class Mappings {
 
 class Pool {
  public:
-  // A kept block that holds `bytes` and is not so large that another would miss it: one that this
-  // thread gave back, since another's may be in the cache of another core; of those the smallest,
-  // and of equal ones the newest, which may be in a cache still.
+  // A kept block that holds `bytes` and is not so large that another would miss it: the newest that
+  // this thread gave back, which may be in its core's cache still, else the smallest.
   Block take(size_t bytes) {
     const auto user = std::this_thread::get_id();
+    const auto fits = [bytes](const Block& b) { return b.bytes >= bytes && b.bytes / 2 <= bytes; };
+    const auto is_own = [&](const Block& b) { return b.user == user && fits(b); };
     const std::lock_guard lock(mutex_);
-    auto best = kept_.end();
-    const auto better = [&](const Block& a, const Block& b) {
-      const bool own_a = a.user == user, own_b = b.user == user;
-      return own_a != own_b ? own_a : a.bytes <= b.bytes;
-    };
-    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-      const bool fits = it->bytes >= bytes && it->bytes / 2 <= bytes;
-      if (fits && (best == kept_.end() || better(*it, *best))) best = it;
+    // From the end: a long list is not looked through for what was in use just before.
+    const auto own = std::find_if(kept_.rbegin(), kept_.rend(), is_own);
+    auto best = own == kept_.rend() ? kept_.end() : std::prev(own.base());
+    if (best == kept_.end()) {
+      for (auto it = kept_.begin(); it != kept_.end(); ++it) {
+        if (fits(*it) && (best == kept_.end() || it->bytes <= best->bytes)) best = it;
+      }
     }
     if (best == kept_.end()) {
       // Where nothing is kept, malloc's own memory is cheaper than a mapping.
