@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_freed_memory_serves_the_next_result() -> None:
     del view
     assert large().data_ptr() == address
     assert (other == 6).all()
+
+
+@gives_memory_away
+def test_a_thread_takes_what_it_gave_back() -> None:
+    """Another's may be in the cache of another core, though it is newer."""
+    kept: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(1) as other:
+        kept["own"], kept["other"] = large(), other.submit(large).result()
+        own, others = kept["own"].data_ptr(), kept["other"].data_ptr()
+        del kept["own"]
+        other.submit(kept.__delitem__, "other").result()
+        again = large()
+        assert again.data_ptr() == own
+        assert other.submit(large).result().data_ptr() == others
 
 
 def test_limit() -> None:
