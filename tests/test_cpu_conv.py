@@ -363,6 +363,19 @@ def test_few_matrix_tiles(
 
 
 @pytest.mark.parametrize("algorithm", [AMX])
+def test_narrow_images_in_blocks_of_unequal_size(
+    algorithm: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of one column, with a stride: the larger block's window may be by columns, and then
+    takes less than the smaller one's.
+    """
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", algorithm)
+    x, weight = torch.randn(33, 320, 5, 1), torch.randn(32, 320, 3, 3)
+    z, _, _ = conv_stats(x, weight, None, None, None, None, 0.0, [2, 2], [1, 1], [1, 1], 1)
+    assert relative_error(z, F.conv2d(x.double(), weight.double(), None, 2, 1)) < 3e-6
+
+
+@pytest.mark.parametrize("algorithm", [AMX])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (2, 3, 0), (5, 2, 4)]
 )

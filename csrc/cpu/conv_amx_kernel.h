@@ -120,7 +120,9 @@ struct AmxWindow {
         // Filling it takes kw times as many copies, which less than an eighth of the tiles does not
         // repay.
         const bool fewer = 8 * other.tiles(out_rows, args.ow) <= 7 * tiles(out_rows, args.ow);
-        const bool fits = other.floats() <= kAmxWindowFloats;
+        // In either form: of the blocks that share a thread's scratch, smaller ones may be in the
+        // other.
+        const bool fits = other.floats() <= kAmxWindowFloats && floats() <= kAmxWindowFloats;
         if (fits && (fewer || other.last_alone(out_rows, args.ow))) *this = other;
       }
     }
