@@ -131,7 +131,8 @@ struct WinogradParts {
   void multiply(const ConvArgs& args, const WinogradRows&, int64_t panel0, int64_t panel1,
                 const WinogradScratch& scratch, const WinogradAhead& ahead) const {
     const int64_t steps = amx_steps(args.ci), panels = panel1 - panel0;
-    const int64_t group_floats = steps * kAmxStep;
+    // Of a panel of kernels, and of a group of patches.
+    const int64_t panel_floats = steps * kAmxStep;
     const int64_t all_panels = (args.co + kConvPanel - 1) / kConvPanel;
     const auto compute = panels == 1   ? winograd_tiles<1>
                          : panels == 2 ? winograd_tiles<2>
@@ -141,15 +142,15 @@ struct WinogradParts {
     _tile_loadconfig(&config);
     for (int position = 0; position < kPositions; ++position) {
       const float* v = scratch.patches + position * stride;
-      const float* u = args.weight + (position * all_panels + panel0) * steps * kAmxStep;
+      const float* u = args.weight + (position * all_panels + panel0) * panel_floats;
       float* out = scratch.products + position * product_stride;
       int64_t group = 0;
       for (; group + 1 < groups; group += 2) {
-        winograd_tile_pairs(v + group * group_floats, u, steps, panels,
+        winograd_tile_pairs(v + group * panel_floats, u, steps, panels,
                             out + group * kAmxRows * kWinogradProductRow);
       }
       if (group < groups) {
-        compute(v + group * group_floats, u, steps, out + group * kAmxRows * kWinogradProductRow);
+        compute(v + group * panel_floats, u, steps, out + group * kAmxRows * kWinogradProductRow);
       }
       const int64_t part = (panel0 * kPositions + position * panels) / kWinogradPanels;
       ahead.part(part, all_panels * kPositions / kWinogradPanels);
