@@ -72,10 +72,11 @@ class TestRecipe:
             (
                 "best-short",
                 {
-                    "recipe_version": 3,
-                    "epochs": 20,
+                    "recipe_version": 4,
+                    "epochs": 36,
                     "batch_size": 128,
                     "lr": 0.25,
+                    "flip": "alternating",
                     "ema": 0.995,
                 },
             ),

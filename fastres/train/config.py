@@ -65,7 +65,7 @@ class TrainConfig:
 
     A recipe is a name and a version for values of all these settings; each can be given anew.
     `standard`: SGD with momentum, a step schedule, crop and flip. `best`: what reaches the highest
-    accuracy a minute. `best-short`: the like in 20 epochs, of smaller batches. Each watches the
+    accuracy a minute. `best-short`: the like in 36 epochs, of smaller batches. Each watches the
     validation part, stops early, restores the best epoch and takes the test part once, at the end.
     Everything the run finds out is in its folder.
     """
