@@ -37,7 +37,14 @@ AVX512_FLAGS = [
 INSTRUCTION_SET_FLAGS = {
     "kernels_avx2.cpp": AVX2_FLAGS,
     "kernels_avx512.cpp": AVX512_FLAGS,
-    "kernels_amx.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "kernels_amx.cpp": [
+        *AVX512_FLAGS,
+        "-mavx512vbmi",
+        "-mavx512bf16",
+        "-mamx-tile",
+        "-mamx-bf16",
+        "-mamx-int8",
+    ],
 }
 
 

@@ -23,8 +23,8 @@ from fastres.version import __version__
 VARIABLES = {
     "FASTRES_CPU_CAPABILITY": "upper bound of the CPU instruction set: baseline, avx2, avx512 or "
     "amx",
-    "FASTRES_CPU_ALGORITHM": "convolution on the CPU: winograd4, winograd2, amx or packed (ours), "
-    "aten (torch's); default: by shape",
+    "FASTRES_CPU_ALGORITHM": "convolution on the CPU: winograd4, winograd2, digits, amx or packed "
+    "(ours), aten (torch's); default: by shape",
     "FASTRES_CPU_KEEP_MB": "megabytes of freed memory that the CPU kernels keep for their next "
     "results; default: 1024, or an eighth of the machine's memory if that is less",
     "FASTRES_LOG": "conv: a line on stderr for every distinct convolution on the CPU, when it is "

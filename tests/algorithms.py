@@ -4,6 +4,6 @@ import pytest
 
 from fastres import _C
 
-AMX = pytest.param(
-    "amx", marks=pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
-)
+_without_amx = pytest.mark.skipif(_C.cpu_capability() != "amx", reason="AMX is not in use")
+AMX = pytest.param("amx", marks=_without_amx)
+DIGITS = pytest.param("digits", marks=_without_amx)

@@ -180,7 +180,7 @@ def test_env_shows_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fastres.backends.cpu.allow_winograd = False" in shown
     for row in rows:
         assert len(row.inference) == len(row.training) == len(env.BATCHES)
-        assert set(row.inference + row.training) <= {"amx", "packed", "aten"}
+        assert set(row.inference + row.training) <= {"digits", "amx", "packed", "aten"}
     page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
     for variable in env.VARIABLES:
         assert variable in shown and f"| `{variable}` |" in page

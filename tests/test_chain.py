@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from algorithms import AMX
+from algorithms import AMX, DIGITS
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,7 +162,7 @@ def stem_and_pool(size, pool, batch=2, channels=32, dtype=torch.float32):
     return (x, [weight, mean, var, *given], program, [1e-5]), apart
 
 
-@pytest.fixture(params=["chosen", "packed", "winograd4", AMX])
+@pytest.fixture(params=["chosen", "packed", "winograd4", DIGITS, AMX])
 def algorithm(request, monkeypatch) -> str:
     if request.param != "chosen":
         monkeypatch.setenv("FASTRES_CPU_ALGORITHM", request.param)

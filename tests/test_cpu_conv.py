@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
-from algorithms import AMX
+from algorithms import AMX, DIGITS
 from torch import Tensor
 
 from cases import ODD_CONVS, RESNET_CONVS, Conv
@@ -32,7 +32,7 @@ ODD_STEMS = (
     Conv("stem-one-pixel", 1, 16, 7, 2, 1, n=2),
 )
 WINOGRAD = ("winograd4", "winograd2")
-ALGORITHMS = (*WINOGRAD, "amx", "packed", "aten")
+ALGORITHMS = (*WINOGRAD, "amx", "packed", "aten")  # but digits: test_cpu_digits.py
 
 
 def on_every_algorithm(cases: Sequence[Conv]) -> pytest.MarkDecorator:
@@ -310,7 +310,7 @@ def test_packed_order(packed_algorithm: None) -> None:
     assert pack_conv_weight(weight, [1, 1], [1, 1], [1, 1]).equal(panels.reshape(-1))
 
 
-@pytest.mark.parametrize("form", ["winograd4", "winograd2", AMX, "packed"])
+@pytest.mark.parametrize("form", ["winograd4", "winograd2", DIGITS, AMX, "packed"])
 @pytest.mark.parametrize(("c_in", "kernel", "stride"), [(32, 3, 1), (32, 3, 2), (3, 7, 2)])
 def test_every_form_serves_every_size(
     c_in: int, kernel: int, stride: int, form: str, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from algorithms import AMX
+from algorithms import AMX, DIGITS
 
 from fastres import _C, ops
 from fastres.models.resnet import FusedBasicBlock, FusedBottleneck
@@ -120,7 +120,7 @@ assert bool((one == 2).all())
 @gives_memory_away
 def test_packed_weights_are_not_given_to_another() -> None:
     weight = torch.randn(64, 64, 3, 3)
-    packed = ops.pack_conv_weight(weight, [1, 1], [1, 1], [1, 1])
+    packed = ops.pack_conv_weight(weight, [1, 1], [1, 1], [1, 1]).view(torch.int32)
     copy = packed.clone()
     _C.set_kept_memory_limit(0)
     _C.set_kept_memory_limit(64 << 20)
@@ -162,7 +162,7 @@ def shortcut(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("algorithm", [AMX, "winograd4", "packed"])
+@pytest.mark.parametrize("algorithm", [AMX, DIGITS, "winograd4", "packed"])
 def test_streamed_results(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large results in kept memory are written past the caches: the bits are the same."""
     _C.set_kept_memory_limit(1 << 30)

@@ -6,6 +6,7 @@
 #include "conv_algorithm.h"
 #include "conv_amx.h"
 #include "conv_blocks.h"
+#include "conv_digits.h"
 #include "conv_log.h"
 #include "conv_pool.h"
 #include "conv_unit.h"
@@ -88,6 +89,7 @@ ConvShape check_convolution(const char* op, const Tensor& input, const Tensor& w
 
 // Length of the weights in the form that an algorithm other than aten reads.
 int64_t packed_floats(const ConvShape& s, Algorithm a, DType dtype) {
+  if (a == Algorithm::digits) return digits_packed_floats(s);
   if (a == Algorithm::amx) return amx_packed_floats(s, dtype);
   if (!is_winograd(a)) return s.packed_floats();
   return is_winograd_stem(s) ? winograd_stem_packed_floats(s)
@@ -99,9 +101,10 @@ constexpr int64_t kPixelsWorthPacking = 65;
 // The form that `packed` is in, if it is in one.
 std::optional<Algorithm> form_of(const ConvShape& s, const OptionalTensor& packed, DType dtype) {
   if (!packed.has_value() || packed->numel() == 0) return std::nullopt;
-  for (const Algorithm a :
-       {Algorithm::packed, Algorithm::amx, Algorithm::winograd4, Algorithm::winograd2}) {
+  for (const Algorithm a : {Algorithm::packed, Algorithm::digits, Algorithm::amx,
+                            Algorithm::winograd4, Algorithm::winograd2}) {
     if (is_winograd(a) && !winograd_takes(s, a)) continue;
+    if (a == Algorithm::digits && (dtype != DType::float32 || !digits_take(s))) continue;
     if (a == Algorithm::amx && !has_matrix_unit()) continue;
     if (packed->numel() == packed_floats(s, a, dtype)) return a;
   }
@@ -124,7 +127,8 @@ Choice choose_algorithm(const ConvShape& s, DType dtype, std::optional<Algorithm
                         dtype != DType::float64 && s.ci > 0 && s.co > 0;
   if (!can_pack) return {Algorithm::aten, "no kernel of ours takes it"};
   if (const auto named = algorithm_from_environment()) {
-    return {*named == Algorithm::aten ? Algorithm::aten : cheapest_algorithm(s, true),
+    const bool packing = form != Algorithm::digits;
+    return {*named == Algorithm::aten ? Algorithm::aten : cheapest_algorithm(s, packing),
             "FASTRES_CPU_ALGORITHM is set"};
   }
   if (!form && s.pixels() < kPixelsWorthPacking) {
@@ -148,7 +152,9 @@ Scratch padded_vector(const std::vector<double>& values) {
 
 void pack(const Tensor& weight, const ConvShape& s, Algorithm form, DType dtype, float* packed) {
   const ConvWeight w = conv_weight_of(weight);
-  if (form == Algorithm::amx) {
+  if (form == Algorithm::digits) {
+    digits_pack(w, s, packed);
+  } else if (form == Algorithm::amx) {
     pack_panels(w, kernels().amx_pack[static_cast<int>(dtype)], packed);
   } else if (!is_winograd(form)) {
     pack_panels(w, kernels().conv_pack, packed);
@@ -301,9 +307,12 @@ struct PackedConv {
 
   // Returns (kConvSums, whole panels) of z where asked for.
   std::vector<double> run(const ConvShape& s, DType dtype, bool statistics) {
-    // Not finite: an infinity or a NaN has no bfloat16 parts, and belongs to fewer pixels than
-    // Winograd's tiles give it to.
-    if (algorithm == Algorithm::amx) {
+    // Not finite: an infinity or a NaN has no bfloat16 parts or digits, and belongs to fewer pixels
+    // than Winograd's tiles give it to.
+    if (algorithm == Algorithm::digits) {
+      if (run_digits(args, s)) return {};
+      pack_in(s, dtype, Algorithm::packed);
+    } else if (algorithm == Algorithm::amx) {
       auto sums = run_amx(args, s, dtype, statistics);
       if (sums.has_value()) return std::move(*sums);
       pack_in(s, dtype, Algorithm::packed);

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
 #include "conv_amx.h"
 #include "conv_blocks.h"
+#include "conv_digits.h"
 #include "isa.h"
 #include "winograd.h"
 #include "winograd_stem.h"
@@ -18,7 +20,7 @@
 namespace fastres::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"winograd4", "winograd2", "amx", "packed", "aten"};
+constexpr const char* kNames[] = {"winograd4", "winograd2", "digits", "amx", "packed", "aten"};
 
 // Kernels of so many numbers are read from memory: fewer positions are better than fewer products.
 constexpr int64_t kManyKernels = 256 * 256;
@@ -54,12 +56,13 @@ bool winograd_takes(const ConvShape& s, Algorithm a) {
 std::optional<Algorithm> algorithm_from_environment() {
   const char* value = std::getenv("FASTRES_CPU_ALGORITHM");
   if (value == nullptr || *value == '\0') return std::nullopt;
-  for (int a = 0; a < 5; ++a) {
+  for (int a = 0; a < static_cast<int>(std::size(kNames)); ++a) {
     if (std::string(value) == kNames[a]) return static_cast<Algorithm>(a);
   }
   throw std::runtime_error(
       std::string(
-          "FASTRES_CPU_ALGORITHM must be winograd4, winograd2, amx, packed or aten, got '") +
+          "FASTRES_CPU_ALGORITHM must be winograd4, winograd2, digits, amx, packed or aten, "
+          "got '") +
       value + "'");
 }
 
@@ -81,13 +84,16 @@ double cold_read_cost() {
 }
 
 Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
-  const std::optional<Algorithm> named = algorithm_from_environment();
+  std::optional<Algorithm> named = algorithm_from_environment();
+  if (named == Algorithm::digits && (packing || !digits_take(s))) named = Algorithm::amx;
   if (named && (is_winograd(*named) ? winograd_takes(s, *named)
                                     : *named != Algorithm::amx || has_matrix_unit())) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
   const bool amx = has_matrix_unit() && amx_pays(s);
-  const Algorithm direct = amx ? Algorithm::amx : Algorithm::packed;
+  // Who names another algorithm means, where that can't, the plain one.
+  const bool digits = amx && !packing && !named && digits_take(s);
+  const Algorithm direct = digits ? Algorithm::digits : amx ? Algorithm::amx : Algorithm::packed;
   if (!amx && is_winograd_stem(s) && winograd_takes(s, Algorithm::winograd4)) {
     return s.n == 0 || winograd_stem_cost(s, packing) < direct_cost(s, packing)
                ? Algorithm::winograd4
@@ -96,7 +102,7 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   if (!winograd_fits(s) || (s.n == 0 && (amx || s.stride[0] != 1))) return direct;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
   // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm.
-  const double cost = direct_cost(s, packing, amx ? 2.9 : 1.0);
+  const double cost = direct_cost(s, packing, digits ? 3.9 : amx ? 2.9 : 1.0);
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
   if (cost <= std::min(with4, with2)) return direct;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;

@@ -1,9 +1,11 @@
-// Which of five algorithms computes a convolution. All but the last take one pass over packed
+// Which of six algorithms computes a convolution. All but the last take one pass over packed
 // weights in float32, with prologue, epilogue and statistics:
 //   winograd4, winograd2  minimal filtering of tiles of 4x4 and 2x2 pixels: 3x3 without a stride or
 //                         with stride 2 (winograd.h); winograd4 also a stem, along its
 //                         lines (winograd_stem.h)
-//   amx                   an implicit GEMM on the processor's matrix unit (conv_amx.h)
+//   digits                an implicit GEMM on the processor's matrix unit, of bytes, for weights
+//                         that are kept (conv_digits.h)
+//   amx                   the same, of bfloat16 (conv_amx.h)
 //   packed                an implicit GEMM (conv_kernel.inl)
 //   aten                  torch's own convolution between passes of ours: for what the others do
 //                         not do (groups, dilation, float64), and where torch's is the faster one
@@ -17,7 +19,7 @@
 
 namespace fastres::cpu {
 
-enum class Algorithm { winograd4, winograd2, amx, packed, aten };
+enum class Algorithm { winograd4, winograd2, digits, amx, packed, aten };
 
 constexpr bool is_winograd(Algorithm a) {
   return a == Algorithm::winograd4 || a == Algorithm::winograd2;

@@ -13,6 +13,15 @@ namespace {
 
 int parts_of(DType dtype) { return amx_parts(dtype == DType::bfloat16); }
 
+int parts_of(const AmxConvArgs& args, DType dtype) {
+  return args.weights.digits != 0 ? kPixelDigits : parts_of(dtype);
+}
+
+AmxBlockFn kernel_of(const AmxConvArgs& args, DType dtype) {
+  return args.weights.digits != 0 ? kernels().digits_block
+                                  : kernels().amx_block[static_cast<int>(dtype)];
+}
+
 struct Plan {
   int64_t image_blocks, row_blocks, channel_groups;
 
@@ -34,7 +43,8 @@ int64_t image_cut(const ConvShape& s, int64_t i, int64_t count) {
 
 // Of the busiest thread, in cycles: 108 for a step of a tile by a panel, 9 to split 32 channels of
 // a pixel, and a sixth and a third of that for numbers of one part. The first tiles, at most four,
-// wait for the weights of a step of a panel to be read.
+// wait for the weights of a step of a panel to be read. For digits 160, 40, and one tile that
+// waits.
 double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan& plan,
                  int64_t threads) {
   const int64_t images = images_of_block(s, plan), rows = ceil_div(s.oh, plan.row_blocks);
@@ -43,11 +53,14 @@ double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan
   const double taps = static_cast<double>(window.taps * window.steps);
   const double panels =
       static_cast<double>(ceil_div(ceil_div(s.panels(), 2), plan.channel_groups) * 2);
-  const double multiply = 18.0 * (parts == 1 ? 1 : 6), split = 3.0 * parts;
+  const bool digits = parts == kPixelDigits;
+  const double multiply = digits ? 160.0 : parts == 1 ? 18.0 : 108.0;
+  const double split = digits ? 40.0 : 3.0 * parts;
   const double lines =
       static_cast<double>(window.phases * window.rows * window.pitch() * window.steps);
-  const double waiting =
-      parts == 1 ? 50.0 : std::max(100.0, 450.0 - multiply * std::min(tiles, 4.0));
+  const double waiting = digits       ? std::max(0.0, 270.0 - multiply * tiles)
+                         : parts == 1 ? 50.0
+                                      : std::max(100.0, 450.0 - multiply * std::min(tiles, 4.0));
   const double block = taps * panels * (multiply * tiles + waiting) + split * lines;
   return block * static_cast<double>(ceil_div(plan.pixel_blocks() * plan.channel_groups, threads));
 }
@@ -57,16 +70,28 @@ class Memory {
  public:
   Memory(const AmxWindow& window, int64_t tiles)
       : window_(scratch_floats(most_floats(window))),
-        weights_(scratch_floats(
-            window.parts == 1 ? 0  // they are not split
-                              : 2 * amx_group_pairs(window.taps, window.channels, window.parts) *
-                                    amx_panel_floats(window.taps, window.channels))),
+        weights_(
+            scratch_floats(window.parts != kAmxParts
+                               ? 0  // they are not split
+                               : 2 * amx_group_pairs(window.taps, window.channels, window.parts) *
+                                     amx_panel_floats(window.taps, window.channels))),
         starts_(tiles),
         offsets_(tiles * kAmxRows),
-        places_(window.taps) {}
+        places_(window.taps) {
+    if (window.parts != kPixelDigits) return;
+    factors_.resize(tiles * kAmxRows);
+    images_.resize(2 * window.images);
+  }
 
   AmxScratch scratch() {
-    return {window_.floats(), weights_.floats(), starts_.data(), offsets_.data(), places_.data()};
+    return {.window = window_.floats(),
+            .weights = weights_.floats(),
+            .starts = starts_.data(),
+            .offsets = offsets_.data(),
+            .places = places_.data(),
+            .factors = factors_.data(),
+            .image_factors = images_.data(),
+            .image_scales = images_.data() + images_.size() / 2};
   }
 
  private:
@@ -78,6 +103,7 @@ class Memory {
 
   Scratch window_, weights_;
   std::vector<int64_t> starts_, offsets_, places_;
+  std::vector<float> factors_, images_;
 };
 
 // Blocks of several images and fewer rows have fuller tiles, blocks of whole images less padding.
@@ -155,14 +181,14 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
     args.output_stride_n = args.output_stride_w;
   }
   set_sizes(conv, s);
-  const int parts = parts_of(dtype);
+  const int parts = parts_of(args, dtype);
   const Plan plan = make_plan(s, parts, thread_count());
   const int64_t images = images_of_block(s, plan);
   const int64_t rows = ceil_div(s.oh, plan.row_blocks);
   const AmxWindow window(conv, images, rows, parts);
   const int64_t plane = s.panels() * kConvPanel;
   const int64_t tiles = amx_most_tiles(images, rows, s.ow);
-  const auto kernel = kernels().amx_block[static_cast<int>(dtype)];
+  const auto kernel = kernel_of(args, dtype);
   const auto scratch = [&] { return Memory(window, tiles); };
   const auto run = [&](Memory& memory, int64_t group, int64_t block, double* sums) {
     const int64_t n = block / plan.row_blocks, h = block % plan.row_blocks;
@@ -181,9 +207,6 @@ std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType 
                     scratch, run);
 }
 
-namespace {
-
-// A convolution into a dense output.
 AmxConvArgs dense_args(const ConvArgs& conv, const ConvShape& s) {
   AmxConvArgs args{};
   args.conv = conv;
@@ -192,6 +215,8 @@ AmxConvArgs dense_args(const ConvArgs& conv, const ConvShape& s) {
   args.output_stride_n = s.oh * s.ow * s.co;
   return args;
 }
+
+namespace {
 
 PoolBand band_of(const ConvShape& s, const PoolGeometry& pool, DType dtype) {
   constexpr int64_t rows = 14;

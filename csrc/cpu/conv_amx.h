@@ -23,6 +23,13 @@ int64_t amx_packed_floats(const ConvShape& s, DType dtype);
 std::optional<std::vector<double>> run_amx(const ConvArgs& args, const ConvShape& s, DType dtype,
                                            bool statistics);
 
+// The same of args that say more.
+std::optional<std::vector<double>> run_amx(AmxConvArgs args, ConvShape s, DType dtype,
+                                           bool statistics);
+
+// A convolution into a dense output.
+AmxConvArgs dense_args(const ConvArgs& conv, const ConvShape& s);
+
 // As winograd_stem_pools and run_winograd_stem_pool.
 bool amx_pools(const ConvShape& s, const PoolGeometry& pool, DType dtype);
 bool run_amx_pool(const ConvArgs& args, const ConvShape& s, const PoolGeometry& pool, DType dtype);

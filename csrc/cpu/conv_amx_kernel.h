@@ -11,6 +11,16 @@ namespace fastres::cpu {
 
 // Pixels and output channels of a tile, input channels of a step, and parts of a float.
 inline constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxParts = 3;
+
+// Packed weights in digits (conv_digits_kernel.h): how many a weight has, what channels of the
+// input are multiplied by before they are digits and what sums of output channels are afterwards,
+// padded to whole steps and panels, and the digits.
+struct DigitWeights {
+  int digits;  // 0: there are none
+  const float *input_scale, *output_scale;
+  const int8_t* data;
+};
+
 // A convolution, or the gradient of one's input: a convolution of the output's gradient with the
 // kernels turned.
 struct AmxConvArgs {
@@ -26,6 +36,7 @@ struct AmxConvArgs {
   // ReLU takes, g and g * (x - x_mean). Vectors are padded to whole panels.
   const void* x;
   const float *x_mean, *x_scale, *x_bias;
+  DigitWeights weights;  // in the place of conv.weight
 };
 
 // Parts of the numbers that are multiplied, where images are of bfloat16 or not.
@@ -35,7 +46,13 @@ constexpr int amx_parts(bool is_bfloat16) { return is_bfloat16 ? 1 : kAmxParts; 
 inline constexpr int64_t kAmxTile = 16 * kAmxDepth / 2;
 inline constexpr int64_t kAmxStep = kAmxParts * kAmxTile;
 
-constexpr int64_t amx_steps(int64_t channels) { return (channels + kAmxDepth - 1) / kAmxDepth; }
+// Parts of a pixel's numbers in digits, and channels of a step: as many bytes as otherwise.
+inline constexpr int kPixelDigits = 4, kDigitDepth = 64;
+
+constexpr int64_t amx_steps(int64_t channels, int parts = kAmxParts) {
+  const int64_t depth = parts == kPixelDigits ? kDigitDepth : kAmxDepth;
+  return (channels + depth - 1) / depth;
+}
 
 // A panel's weights as they are packed, [stream][step][tap][4 input channels][16 output channels],
 // and in parts, [step][tap][part][channel pair][16 output channels][2]. A step comes from all
@@ -106,7 +123,7 @@ struct AmxWindow {
       rows = ((out_rows - 1) * args.stride_h + args.kh + args.stride_h - 1) / args.stride_h;
       columns = ((args.ow - 1) * args.stride_w + args.kw + args.stride_w - 1) / args.stride_w;
       phases = args.stride_h * args.stride_w;
-      steps = amx_steps(args.ci);
+      steps = amx_steps(args.ci, parts);
       taps = args.kh * args.kw;
       channels = args.ci;
       line = kAmxDepth;
@@ -132,7 +149,7 @@ struct AmxWindow {
   // then its sum is made of what is split, beside the matrix unit.
   constexpr bool last_alone(int64_t out_rows, int64_t ow) const {
     const int64_t lines = out_rows * ow * images;
-    return parts > 1 && !by_kernel_rows && (out_rows == 1 || pitch() == ow * images) &&
+    return parts == kAmxParts && !by_kernel_rows && (out_rows == 1 || pitch() == ow * images) &&
            lines % kAmxRows == 1 && lines > kAmxRows && lines < 4 * kAmxRows;
   }
 
@@ -169,6 +186,9 @@ struct AmxScratch {
   int64_t* starts;   // amx_most_tiles(): where in a part a tile's first line is, in 16-bit numbers
   int64_t* offsets;  // 16 times as many: where an output pixel is written, or -1
   int64_t* places;   // AmxWindow::taps
+  // Of digits: for each of a tile's pixels what its sums are multiplied by, and for each image of
+  // the block that and what its numbers are before they are digits.
+  float *factors, *image_factors, *image_scales;
 };
 
 // Of the block, [w0, w1) must be whole rows. Returns whether all sums were finite; where they were

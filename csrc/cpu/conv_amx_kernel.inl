@@ -125,12 +125,13 @@ FASTRES_INLINE void amx_fill_pixel(const ConvArgs& args, const T* in, const T* z
   amx_split<kParts>(x[0], x[1], to, plane);
 }
 
-template <typename T, AmxLoad kLoad>
-void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWindow& window,
-                     float* to) {
-  const ConvArgs& args = all.conv;
+// `fill(image, at, to)` puts the channels of a pixel, element `at` of the input, into its line of
+// every step and part.
+template <typename Fill>
+FASTRES_INLINE void amx_fill_window(const ConvArgs& args, const ConvBlock& block,
+                                    const AmxWindow& window, float* to, const Fill& fill) {
   constexpr int64_t line = kAmxDepth / 2;
-  const int64_t plane = window.plane(), parts = window.steps * kAmxPartsOf<T>;
+  const int64_t plane = window.plane(), parts = window.steps * window.parts;
   const int64_t h0 = block.h0 * args.stride_h - args.pad_h;
   const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
   const int64_t width = (args.ow - 1) * args.stride_w + args.kw;
@@ -147,10 +148,7 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
           if (h < 0 || h >= args.ih || w < 0 || w >= args.iw) {
             for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
           } else {
-            const int64_t at = row + w * args.input_stride_w;
-            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at,
-                                     static_cast<const T*>(all.z) + (all.z == nullptr ? 0 : at),
-                                     pixel, plane);
+            fill(n, row + w * args.input_stride_w, pixel);
           }
         }
       }
@@ -159,12 +157,11 @@ void amx_fill_window(const AmxConvArgs& all, const ConvBlock& block, const AmxWi
 }
 
 // As amx_fill_window, by columns.
-template <typename T, AmxLoad kLoad>
-void amx_fill_columns(const AmxConvArgs& all, const ConvBlock& block, const AmxWindow& window,
-                      float* to) {
-  const ConvArgs& args = all.conv;
+template <typename Fill>
+FASTRES_INLINE void amx_fill_columns(const ConvArgs& args, const ConvBlock& block,
+                                     const AmxWindow& window, float* to, const Fill& fill) {
   constexpr int64_t line = kAmxDepth / 2;
-  const int64_t plane = window.plane(), parts = window.steps * kAmxPartsOf<T>;
+  const int64_t plane = window.plane(), parts = window.steps * window.parts;
   const int64_t height = (block.h1 - block.h0 - 1) * args.stride_h + args.kh;
   const int64_t width = (args.ow - 1) * args.stride_w + args.kw;
   for (int64_t r = 0; r < height; ++r) {
@@ -191,10 +188,7 @@ void amx_fill_columns(const AmxConvArgs& all, const ConvBlock& block, const AmxW
           if (!inside) {
             for (int64_t p = 0; p < parts; ++p) conv_zero(pixel + p * plane, line);
           } else if (filled == nullptr) {
-            const int64_t at = row + w * args.input_stride_w;
-            amx_fill_pixel<T, kLoad>(args, static_cast<const T*>(args.input) + at,
-                                     static_cast<const T*>(all.z) + (all.z == nullptr ? 0 : at),
-                                     pixel, plane);
+            fill(n, row + w * args.input_stride_w, pixel);
             filled = pixel;
           } else {
             for (int64_t p = 0; p < parts; ++p) {
@@ -204,6 +198,21 @@ void amx_fill_columns(const AmxConvArgs& all, const ConvBlock& block, const AmxW
         }
       }
     }
+  }
+}
+
+// The window of numbers in parts, in the form that it has.
+template <typename T, AmxLoad kLoad>
+void amx_fill(const AmxConvArgs& all, const ConvBlock& block, const AmxWindow& window, float* to) {
+  const auto fill = [&](int64_t, int64_t at, float* pixel) FASTRES_LAMBDA_INLINE {
+    amx_fill_pixel<T, kLoad>(all.conv, static_cast<const T*>(all.conv.input) + at,
+                             static_cast<const T*>(all.z) + (all.z == nullptr ? 0 : at), pixel,
+                             window.plane());
+  };
+  if (window.by_columns) {
+    amx_fill_columns(all.conv, block, window, to, fill);
+  } else {
+    amx_fill_window(all.conv, block, window, to, fill);
   }
 }
 
@@ -503,25 +512,30 @@ __attribute__((noinline)) void amx_tiles_of_one_part(const AmxDepth& d, const fl
   amx_store_tiles<R, C>(out, row);
 }
 
-// Where the tiles of a block start and their pixels are written; returns their number.
+// Where the tiles of a block, of `tile_rows` pixels, start and their pixels are written, and of
+// digits their factors; returns the tiles' number.
 inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
-                               const AmxWindow& window, const AmxScratch& scratch) {
+                               const AmxWindow& window, const AmxScratch& scratch,
+                               int64_t tile_rows = kAmxRows) {
   const ConvArgs& args = all.conv;
   const int64_t row = args.ow * window.images, rows = block.h1 - block.h0;
   const int64_t row_tiles = window.row_tiles(args.ow), tiles = window.tiles(rows, args.ow);
   const bool by_row = !window.last_alone(rows, args.ow) && tiles == rows * row_tiles;
   int64_t* offset = scratch.offsets;
   for (int64_t t = 0; t < tiles; ++t) {
-    int64_t h = by_row ? t / row_tiles : t * kAmxRows / window.pitch();
-    int64_t place = by_row ? t % row_tiles * kAmxRows : t * kAmxRows % window.pitch();
+    int64_t h = by_row ? t / row_tiles : t * tile_rows / window.pitch();
+    int64_t place = by_row ? t % row_tiles * tile_rows : t * tile_rows % window.pitch();
     scratch.starts[t] = h * window.out_row + place * window.line;
     for (int m = 0; m < kAmxRows; ++m, ++offset) {
-      const bool inside = place < row && h < rows;
+      const bool inside = m < tile_rows && place < row && h < rows;
       const int64_t w = place / window.images, n = place % window.images;
       *offset = inside
                     ? (block.n0 + n) * all.output_stride_n + (block.h0 + h) * all.output_stride_h +
                           w * all.output_stride_w - all.origin
                     : -1;
+      if (window.parts == kPixelDigits) {
+        scratch.factors[t * kAmxRows + m] = inside ? scratch.image_factors[n] : 0.0f;
+      }
       if (++place == window.pitch()) {
         place = 0;
         // By rows, the next row is the next tile's.
@@ -530,6 +544,20 @@ inline int64_t amx_place_tiles(const AmxConvArgs& all, const ConvBlock& block,
     }
   }
   return tiles;
+}
+
+// Where each tap's lines begin in the window, in 16-bit numbers.
+inline void amx_place_taps(const ConvArgs& args, const AmxWindow& window, int64_t* places) {
+  const int64_t kw = window.taps / args.kh;
+  const int64_t stride_h = window.by_kernel_rows ? 1 : args.stride_h, stride_w = args.stride_w;
+  for (int64_t tap = 0; tap < window.taps; ++tap) {
+    const int64_t h = tap / kw, v = tap % kw;
+    const int64_t phase =
+        h % stride_h * (window.by_columns ? kw : stride_w) + (window.by_columns ? v : v % stride_w);
+    const int64_t column = window.by_columns ? 0 : v / stride_w;
+    places[tap] = 2 * phase * window.steps * window.parts * window.plane() +
+                  h / stride_h * window.row + column * window.images * window.line;
+  }
 }
 
 // The backward of x's BatchNorm and ReLU, for `rows` pixels of `count` channels.
@@ -633,26 +661,13 @@ bool amx_conv_block(const AmxConvArgs& all, const ConvBlock& block, const AmxScr
   if (window.by_kernel_rows) {
     amx_fill_rows<T>(args, block, window, scratch.window);
   } else {
-    const auto fill_by = [&]<AmxLoad kLoad>() FASTRES_LAMBDA_INLINE {
-      return window.by_columns ? amx_fill_columns<T, kLoad> : amx_fill_window<T, kLoad>;
-    };
-    const auto fill = all.z != nullptr          ? fill_by.template operator()<AmxLoad::gradient>()
-                      : args.in_mean != nullptr ? fill_by.template operator()<AmxLoad::prologue>()
-                                                : fill_by.template operator()<AmxLoad::plain>();
+    const auto fill = all.z != nullptr          ? amx_fill<T, AmxLoad::gradient>
+                      : args.in_mean != nullptr ? amx_fill<T, AmxLoad::prologue>
+                                                : amx_fill<T, AmxLoad::plain>;
     fill(all, block, window, scratch.window);
   }
   const int64_t tiles = amx_place_tiles(all, block, window, scratch);
-  // Where each tap's lines begin.
-  const int64_t kw = window.taps / args.kh;
-  const int64_t stride_h = window.by_kernel_rows ? 1 : args.stride_h, stride_w = args.stride_w;
-  for (int64_t tap = 0; tap < window.taps; ++tap) {
-    const int64_t h = tap / kw, v = tap % kw;
-    const int64_t phase =
-        h % stride_h * (window.by_columns ? kw : stride_w) + (window.by_columns ? v : v % stride_w);
-    const int64_t column = window.by_columns ? 0 : v / stride_w;
-    scratch.places[tap] = 2 * phase * window.steps * kParts * window.plane() +
-                          h / stride_h * window.row + column * window.images * window.line;
-  }
+  amx_place_taps(args, window, scratch.places);
   const AmxDepth depth = {.steps = window.steps,
                           .taps = window.taps,
                           .places = scratch.places,

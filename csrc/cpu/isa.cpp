@@ -31,13 +31,15 @@ Isa upper_bound_from_environment() {
 }
 
 #if defined(__x86_64__)
-// Whether the processor multiplies tiles of bfloat16 and rounds to it, and Linux lets this process
-// do so.
+// Whether the processor multiplies tiles of bfloat16 and of bytes, rounds to the one and permutes
+// the other, and Linux lets this process do so.
 bool has_amx() {
 #if defined(__linux__)
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of cpuid's leaf 7
+  // Of cpuid's leaf 7.
+  constexpr unsigned unit = 1u << 22 | 1u << 24 | 1u << 25, permutations = 1u << 1;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) {
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & unit) != unit ||
+      (c & permutations) == 0) {
     return false;
   }
   constexpr unsigned conversions = 1u << 5;  // of the leaf's second part

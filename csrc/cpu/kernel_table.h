@@ -141,6 +141,7 @@ struct KernelTable {
   ChannelSumsFn channel_sums[kDTypes];
 
   AmxBlockFn amx_block[kDTypes];  // none for float64, or without a matrix unit
+  AmxBlockFn digits_block;        // float32's with DigitWeights
   ConvPackFn amx_pack[kDTypes];   // into panels of amx_packed_panel_floats()
   // None for float16 and float64, or without a matrix unit.
   AmxGradientFn amx_gradient[kDTypes];

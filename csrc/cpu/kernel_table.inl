@@ -18,6 +18,7 @@
 #include "conv_amx_kernel.inl"
 // After conv_amx_kernel.inl, on which it builds.
 #include "amx_gradient_kernel.inl"
+#include "conv_digits_kernel.inl"
 #include "winograd_amx_kernel.inl"
 #endif
 
@@ -93,6 +94,7 @@ constexpr KernelTable make_table() {
   t.amx_block[static_cast<int>(DType::float32)] = amx_conv_block<float>;
   t.amx_block[static_cast<int>(DType::bfloat16)] = amx_conv_block<bfloat16>;
   t.amx_block[static_cast<int>(DType::float16)] = amx_conv_block<float16>;
+  t.digits_block = digits_conv_block;
   t.amx_pack[static_cast<int>(DType::float32)] = amx_pack<kAmxPartsOf<float>>;
   t.amx_pack[static_cast<int>(DType::bfloat16)] = amx_pack<kAmxPartsOf<bfloat16>>;
   t.amx_pack[static_cast<int>(DType::float16)] = amx_pack<kAmxPartsOf<float16>>;
