@@ -205,6 +205,17 @@ def test_images_of_any_size(scale: float) -> None:
         assert_within_twice(actual[n], torch_y[n], exact[n])
 
 
+def test_not_where_every_call_may_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As graphs do, which know no size: digits take longer to make than they save once."""
+    weight = torch.randn(64, 64, 3, 3)
+    geometry = [1, 1], [1, 1], [1, 1], 1
+    monkeypatch.setenv("FASTRES_CPU_ALGORITHM", "amx")
+    amx = pack_conv_weight(weight, *geometry)
+    monkeypatch.delenv("FASTRES_CPU_ALGORITHM")
+    assert pack_conv_weight(weight, *geometry).equal(amx)
+    assert pack_conv_weight(weight, *geometry, [1, 14, 14]).numel() != amx.numel()
+
+
 def test_only_for_kept_weights() -> None:
     """Packing for one call takes longer than it saves; training and bfloat16 have others."""
     sizes = (1, 64, 14, 14), (64, 64, 3, 3)

@@ -91,8 +91,9 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
     return *named == Algorithm::aten ? Algorithm::packed : *named;
   }
   const bool amx = has_matrix_unit() && amx_pays(s);
-  // Who names another algorithm means, where that can't, the plain one.
-  const bool digits = amx && !packing && !named && digits_take(s);
+  // Who names another algorithm means, where that can't, the plain one; and graphs, which pack
+  // without a size, may do so in every call.
+  const bool digits = amx && !packing && !named && s.n > 0 && digits_take(s);
   const Algorithm direct = digits ? Algorithm::digits : amx ? Algorithm::amx : Algorithm::packed;
   if (!amx && is_winograd_stem(s) && winograd_takes(s, Algorithm::winograd4)) {
     return s.n == 0 || winograd_stem_cost(s, packing) < direct_cost(s, packing)
