@@ -1,5 +1,6 @@
 // Which of six algorithms computes a convolution. All but the last take one pass over packed
-// weights in float32, with prologue, epilogue and statistics:
+// weights in float32, with prologue, epilogue and statistics; digits, for inference, with the
+// epilogue alone:
 //   winograd4, winograd2  minimal filtering of tiles of 4x4 and 2x2 pixels: 3x3 without a stride or
 //                         with stride 2 (winograd.h); winograd4 also a stem, along its
 //                         lines (winograd_stem.h)
