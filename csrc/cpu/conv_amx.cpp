@@ -41,27 +41,38 @@ int64_t image_cut(const ConvShape& s, int64_t i, int64_t count) {
   return std::min(cut(ceil_div(s.n, unit), i, count) * unit, s.n);
 }
 
-// Of the busiest thread, in cycles: 108 for a step of a tile by a panel, 9 to split 32 channels of
-// a pixel, and a sixth and a third of that for numbers of one part. The first tiles, at most four,
-// wait for the weights of a step of a panel to be read. For digits 160, 40, and one tile that
-// waits.
+// What a block's work takes, in cycles.
+struct Costs {
+  double multiply;      // a step of a tile by a panel,
+  double per_megabyte;  // and for each of the window, which is read for every panel
+  double read;          // a panel's weights of a step, beside the products,
+  double read_alone;    // and that with the products of up to four tiles, at least
+  double fill;          // a line of a step
+};
+
+// Fitted to 3x3 convolutions of 64 to 512 channels in many plans, but for those of one part.
+Costs costs_of(int parts) {
+  if (parts == kPixelDigits) return {155.0, 45.0, 70.0, 0.0, 40.0};
+  if (parts == 1) return {18.0, 0.0, 50.0, 0.0, 3.0};
+  return {100.0, 10.0, 100.0, 450.0, 32.0};
+}
+
+// Of the busiest thread.
 double plan_cost(const ConvShape& s, const ConvArgs& args, int parts, const Plan& plan,
                  int64_t threads) {
   const int64_t images = images_of_block(s, plan), rows = ceil_div(s.oh, plan.row_blocks);
   const AmxWindow window(args, images, rows, parts);
-  const double tiles = static_cast<double>(amx_most_tiles(images, rows, s.ow));
+  const Costs costs = costs_of(parts);
+  const double tiles = static_cast<double>(window.tiles(rows, s.ow));
   const double taps = static_cast<double>(window.taps * window.steps);
   const double panels =
       static_cast<double>(ceil_div(ceil_div(s.panels(), 2), plan.channel_groups) * 2);
-  const bool digits = parts == kPixelDigits;
-  const double multiply = digits ? 160.0 : parts == 1 ? 18.0 : 108.0;
-  const double split = digits ? 40.0 : 3.0 * parts;
   const double lines =
       static_cast<double>(window.phases * window.rows * window.pitch() * window.steps);
-  const double waiting = digits       ? std::max(0.0, 270.0 - multiply * tiles)
-                         : parts == 1 ? 50.0
-                                      : std::max(100.0, 450.0 - multiply * std::min(tiles, 4.0));
-  const double block = taps * panels * (multiply * tiles + waiting) + split * lines;
+  const double multiply =
+      costs.multiply + costs.per_megabyte * static_cast<double>(window.floats() * 4) * 1e-6;
+  const double waiting = std::max(costs.read, costs.read_alone - multiply * std::min(tiles, 4.0));
+  const double block = taps * panels * (multiply * tiles + waiting) + costs.fill * lines;
   return block * static_cast<double>(ceil_div(plan.pixel_blocks() * plan.channel_groups, threads));
 }
 
