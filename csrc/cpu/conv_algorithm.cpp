@@ -102,9 +102,10 @@ Algorithm cheapest_algorithm(const ConvShape& s, bool packing) {
   }
   if (!winograd_fits(s) || (s.n == 0 && (amx || s.stride[0] != 1))) return direct;
   if (s.n == 0) return s.ci * s.co < kManyKernels ? Algorithm::winograd4 : Algorithm::winograd2;
-  // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm; digits
-  // by as much more as their tiles take fewer cycles.
-  const double cost = direct_cost(s, packing, digits ? 3.9 : amx ? 2.9 : 1.0);
+  // What the matrix unit gains over multiply-adds, as measured beside Winograd's algorithm. Pixels
+  // are made digits once for all output channels.
+  const double digits_speed = 1.0 / (1.0 / 4.1 + 2.9 / static_cast<double>(s.co));
+  const double cost = direct_cost(s, packing, digits ? digits_speed : amx ? 2.9 : 1.0);
   const double with4 = winograd_cost(s, 4, packing), with2 = winograd_cost(s, 2, packing);
   if (cost <= std::min(with4, with2)) return direct;
   return with4 <= with2 ? Algorithm::winograd4 : Algorithm::winograd2;
