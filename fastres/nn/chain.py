@@ -10,7 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 from .. import ops
 from ..ops._shapes import to_parameter_dtype
@@ -18,6 +22,7 @@ from .norm import affine
 from .packed import PackedWeights
 from .precision import autocast_dtype
 
+_DTYPES = (torch.float32, torch.bfloat16)
 # A unit's max-pool in a program: its kernel size, stride and padding.
 _NO_POOL = (0,) * 6
 
@@ -121,12 +126,12 @@ def chains(x: Any) -> bool:
     """
     return (
         type(x) is Tensor
-        and not torch.is_grad_enabled()
+        and not is_grad_enabled()
         and x.is_cpu
-        and (autocast_dtype(x) or x.dtype) in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and (autocast_dtype(x) or x.dtype) in _DTYPES
+        and not is_compiling()
+        and not is_tracing()
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
+        and not is_functorch_wrapped_tensor(x)
     )
